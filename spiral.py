@@ -1,0 +1,1075 @@
+"""SPIRAL: Learning to Search and Aggregate (arXiv 2606.23595), in one file.
+
+One language model plays two roles. It *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. It *aggregates*: for
+each of K sets G_k of n traces it writes N2 final answers z_km that read the traces of the set. Only the final answers are
+rewarded (r_km, by the task's verifier). The objective, and its gradient:
+
+    J(theta)   = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
+    grad J     = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]      search term: how useful was the set I was in?   (set RL)
+               + E[ r(x, z) grad log pi(z|x, G) ]               aggregation term: was this answer right?        (standard RL)
+
+    python spiral.py                                   # the tiny policy learns countdown: minutes on a laptop
+    python spiral.py --algo grpo                       # the baseline, at the same budget of sampled tokens
+    python spiral.py --model runs/spiral-countdown-0/step-60 --steps 0      # evaluate a saved policy
+
+Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a critic. Read from top to bottom:
+config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import tasks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: every field is a command line option (num_traces is --num-traces) and its help.
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    algo: str = option("spiral", "spiral; grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral",
+                       ("spiral", "grpo", "grpo-agg"))
+    task: str = option("countdown", 'countdown or arithmetic, with options: "countdown:numbers=4,high=30"')
+    model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
+    out: str = option("", "folder of the run; default runs/ALGO-TASK-SEED. One that holds an unfinished run is resumed")
+    seed: int = option(0, "fixes problems, traces and sets")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
+    # The four sizes, and the estimator (paper.md sections 2 to 5)
+    num_traces: int = option(8, "N1: search traces per problem")
+    set_size: int = option(4, "n: traces in a set")
+    num_sets: int = option(4, "K: sets per problem")
+    num_aggregations: int = option(4, "N2: aggregation traces per set")
+    group_size: int = option(0, "grpo: traces per problem; 0: num_traces + num_sets * num_aggregations, the same budget")
+    balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
+    estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
+                            ("leave-one-out", "published"))
+    search_weight: float = option(0.1, "weight of the search term; 1 is the exact joint gradient")
+    # Training
+    steps: int = option(60, "training steps; 0: evaluate only")
+    problems: int = option(16, "problems per step with an advantage that is not zero")
+    max_draws: int = option(2, "draw at most this many times `problems` to find them; 1: take the batch as it comes")
+    train_problems: int = option(8000, "distinct training problems; shuffled anew each time they are used up")
+    updates: int = option(1, "optimizer updates per rollout; 1 is plain REINFORCE")
+    clip: float = option(0.2, "the importance ratio is clipped to [1 - clip, 1 + clip]; it matters when updates > 1")
+    kl: float = option(0.0, "weight of the KL divergence from the start policy")
+    target_length: int = option(0, "L_target: a longer completion gets no positive advantage; 0: off")
+    lr: float = option(3e-4, "learning rate (AdamW, constant after a linear warm-up)")
+    warmup: int = option(5, "steps of linear warm-up")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    temperature: float = option(1.0, "of all sampling in training, and of the log-probs in the loss")
+    max_prompt_tokens: int = option(1024, "aggregation prompts are cut to this; a longer problem is an error")
+    max_trace_tokens: int = option(48, "longest search trace")
+    max_aggregation_tokens: int = option(56, "longest aggregation trace")
+    micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
+    gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
+    # Evaluation and records
+    eval_problems: int = option(200, "held-out problems of the table before and after; 0: no evaluation")
+    eval_split: str = option("test", "test, or validation for choosing settings", ("test", "validation"))
+    eval_traces: int = option(16, "traces per held-out problem; a multiple of set_size")
+    rsa_steps: int = option(2, "steps of recursive self-aggregation in the evaluation")
+    population: int = option(8, "population of recursive self-aggregation")
+    save_every: int = option(20, "steps between checkpoints; the last two are kept")
+    transcript_every: int = option(20, "steps between printed transcripts")
+
+    def check(self):
+        """Raises ValueError, in one line that says what to change, before any model is loaded."""
+        grpo = self.algo == "grpo"
+        distinct = math.comb(max(self.num_traces, 0), max(self.set_size, 0))
+        low = {"steps": 0, "max_draws": 1, "kl": 0, "target_length": 0, "eval_problems": 0, "rsa_steps": 0, "transcript_every": 0,
+               "warmup": 0, "seed": 0, "threads": 0, "group_size": 0, "search_weight": 0}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(f.metadata['choices'])}")
+            if type(value) in (int, float) and not (math.isfinite(value) and value >= low.get(f.name, 1 if type(value) is int else 1e-12)):
+                raise ValueError(f"--{flag(f.name)} {value}: must be at least {low.get(f.name, 1 if type(value) is int else 'a little above 0')}")
+        for bad, text in (
+                (self.set_size > self.num_traces, f"--set-size {self.set_size} is more than --num-traces {self.num_traces}"),
+                (self.num_sets > distinct, f"--num-sets {self.num_sets}: {self.num_traces} traces have only {distinct} distinct sets of {self.set_size}"),
+                (not grpo and self.num_aggregations < 2, "--num-aggregations 1: the baseline is the set's other aggregations; use at least 2"),
+                (self.algo == "spiral" and self.num_sets < 2, "--num-sets 1: the baseline is the other sets; use at least 2"),
+                (self.algo == "spiral" and self.set_size == self.num_traces, "--set-size equal to --num-traces: there is only one set"),
+                (not grpo and self.balanced and self.num_sets * self.set_size % self.num_traces != 0,
+                 f"--balanced needs num_sets * set_size ({self.num_sets} * {self.set_size}) to be a multiple of num_traces ({self.num_traces}); "
+                 "change a size or say --no-balanced"),
+                (self.algo == "spiral" and self.balanced and self.num_sets * self.set_size == self.num_traces * self.num_sets,
+                 "--balanced: every set holds every trace"),
+                (grpo and self.group() < 2, "--group-size 1: the baseline is the problem's other traces; use at least 2"),
+                (self.algo == "grpo-agg" and self.num_traces < 2, "--num-traces 1: the baseline is the problem's other traces; use at least 2"),
+                (self.eval_traces % self.set_size != 0, f"--eval-traces {self.eval_traces} must be a multiple of --set-size {self.set_size}"),
+                (self.set_size > self.population, f"--set-size {self.set_size} is more than --population {self.population}"),
+                (self.clip >= 1, f"--clip {self.clip}: must be below 1")):
+            if bad:
+                raise ValueError(text)
+        pick_device(self.device)
+
+    def group(self):
+        return self.group_size or self.num_traces + self.num_sets * self.num_aggregations
+
+
+def flag(name):
+    return name.replace("_", "-")
+
+
+def pick_device(name):
+    """"auto" -> cuda when there is one; raises ValueError for a device that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs.
+
+CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
+AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, settle their "
+             "disagreements, and if all are wrong try another way. Then end with the answer in the format asked for.\n")
+TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
+
+
+class TinyTokenizer:
+    """A tiktoken encoding built here: bytes as the fallback, integers below 1000, the tasks' phrases and the role markers
+    as single tokens. The same readable prompts as for large models thus cost the tiny one a handful of tokens."""
+
+    def __init__(self):
+        words = [*tasks.WORDS, *(str(n) for n in range(10, 1000))]
+        ranks = {bytes([b]): b for b in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
+        self.markers = [*(CANDIDATE.format(i) for i in range(1, 17)), CANDIDATE_END, AGGREGATE]
+        special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
+        pattern = "|".join(map(re.escape, tasks.WORDS)) + r"|[0-9]{1,3}|[\s\S]"
+        self.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.eos_id, self.size = special["<end>"], self.encoding.n_vocab
+        self.eos_ids = [self.eos_id]
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def chat(self, text):
+        """A prompt's tokens; markers in `text` become role markers (see `neutralise`)."""
+        return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
+
+    def decode(self, tokens):
+        return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
+
+    def save_pretrained(self, folder):
+        pass                                                # config.json says tokenizer: tiny
+
+
+class HubTokenizer:
+    """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
+
+    def __init__(self, path, eos_token_id):
+        self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        listed = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        self.eos_ids = sorted({i for i in [self.hf.eos_token_id, *listed] if i is not None})
+        if not self.eos_ids:
+            raise ValueError(f"{path} names no end-of-sequence token")
+        self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
+        added = [str(token) for token in self.hf.added_tokens_decoder.values()]
+        self.markers = [marker for marker in {*self.hf.all_special_tokens, *added} if marker.strip()]
+
+    def encode(self, text):
+        return self.hf.encode(text, add_special_tokens=False)
+
+    def chat(self, text):
+        if self.hf.chat_template:
+            message = [{"role": "user", "content": text}]
+            return self.hf.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        return self.hf.encode(text)
+
+    def decode(self, tokens):
+        return self.hf.decode(tokens, skip_special_tokens=True)
+
+    def save_pretrained(self, folder):
+        self.hf.save_pretrained(folder)
+
+
+@dataclass
+class Policy:
+    model: torch.nn.Module       # a transformers causal LM
+    tokenizer: object            # .encode(str) -> list[int], .decode, .eos_id, .eos_ids, .chat(str) -> prompt tokens, .markers
+    device: torch.device
+
+
+def tiny_config(tokenizer):
+    """1.0M parameters, Qwen3-style."""
+    return Qwen3Config(vocab_size=tokenizer.size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+                       rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, spiral_tokenizer="tiny",
+                       bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+
+
+def load_policy(config):
+    """The policy named by config.model, in fp32. Raises ValueError or OSError when there is none."""
+    path, device = TINY if config.model == "tiny" else config.model, pick_device(config.device)
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+                                                 trust_remote_code=False)
+    for module in model.modules():                          # dropout would set the trainer apart from the sampler
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokenizer = TinyTokenizer() if tiny else HubTokenizer(path, model.generation_config.eos_token_id)
+    return Policy(model.eval().to(device), tokenizer, device)
+
+
+def hidden_states(model, tokens, **inputs):
+    """Last hidden states [B, T, d]: the model without its vocabulary head."""
+    return model.base_model(input_ids=tokens, **inputs).last_hidden_state
+
+
+def head(model, hidden, temperature):
+    """Logits at `temperature`, fp32 [..., V]."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+
+
+def attention_mask(model, allowed, query_positions, key_positions):
+    """`allowed` [B, Q, T] (True = attend) in the form the model takes, sliding windows included. SDPA takes bool masks;
+    eager attention would misread them, so load_policy asks for SDPA."""
+    settings = model.config.get_text_config()
+    kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
+    near = allowed
+    if window:
+        near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+    if "sliding_attention" in kinds:
+        return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
+    return (allowed if kinds else near)[:, None]            # [B, 1, Q, T]
+
+
+def pad(rows, value, device):
+    """Lists of integers -> [B, longest] int64, padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts.
+
+
+@dataclass
+class Samples:
+    tokens: torch.Tensor         # [B, T] int64
+    logprobs: torch.Tensor       # [B, T] float32, of the sampled tokens at the sampling temperature; 0 where mask is False
+    mask: torch.Tensor           # [B, T] bool, True up to and including EOS
+    truncated: torch.Tensor      # [B] bool, no EOS within the limit
+
+    def __getitem__(self, rows):
+        return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's preallocated keys and values [slots, heads, T, D]. In decoding, slot b writes at its own column."""
+
+    def __init__(self, keys, slots, length):
+        super().__init__()
+        shape = (slots, keys.shape[1], length, keys.shape[3])
+        self.keys, self.values, self.is_initialized = keys.new_zeros(shape), keys.new_zeros(shape), True
+        self.rows = self.columns = self.length = None       # set before each decoding step
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys[self.rows, :, self.columns] = keys[:, :, 0]
+        self.values[self.rows, :, self.columns] = values[:, :, 0]
+        count = len(self.rows)
+        return self.keys[:count, :, :self.length], self.values[:count, :, :self.length]
+
+    def lazy_initialization(self, keys, values): ...
+    def get_seq_length(self): return 0
+    def get_max_length(self): return self.keys.shape[2]
+    def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
+
+
+def draw_tokens(logits, uniforms, greedy):
+    """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
+    A row's randomness is thus its own: what is sampled doesn't depend on which rows share its batch."""
+    if greedy:
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])        # a point mass: log-prob 0
+    logprobs = logits.log_softmax(-1)                                    # [B, V]
+    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+@torch.no_grad()
+def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
+    """Sample `num_samples` completions of each prompt (a list of token lists); rows come in prompt-major order.
+
+    temperature 0 is greedy. max_rows: rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`.
+    Raises ValueError for an empty prompt.
+    """
+    model, device = policy.model, policy.device
+    if not prompts or not all(prompts):
+        raise ValueError("sample needs at least one prompt, and a token in each")
+    total, longest_prompt = len(prompts) * num_samples, max(map(len, prompts))
+    trash = max_new_tokens                                   # finished rows run on until the next look; they write here
+    uniforms = torch.rand(total, max_new_tokens + 1, generator=generator, dtype=torch.float64,
+                          device=generator.device if generator else "cpu").to(device)
+    tokens = torch.full((total, max_new_tokens + 1), policy.tokenizer.eos_id, device=device)
+    logprobs = torch.zeros(total, max_new_tokens + 1, device=device)
+    eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
+    waiting = {}                                             # distinct prompt -> its rows
+    for i, prompt in enumerate(prompts):
+        waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
+    waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
+    settings = model.config.get_text_config()
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    row_bytes = 2 * settings.num_hidden_layers * heads * width * model.dtype.itemsize * (longest_prompt + max_new_tokens)
+    memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
+    slots = min(total, max_rows or max(1, memory // row_bytes))
+    cache, look_every = None, 1 if device.type == "cpu" else 8           # a look at which rows are done waits for the GPU
+    row = step = column = token = torch.empty(0, dtype=torch.long, device=device)        # [B]: the state of slots 0..B-1
+    done = torch.empty(0, dtype=torch.bool, device=device)
+
+    def emit(logits, row, step, done):
+        """Sample a token for each row, record it, and see whether it was the last."""
+        place = torch.where(done, trash, step)
+        drawn, logprob = draw_tokens(logits, uniforms[row, place], temperature == 0)
+        tokens[row, place], logprobs[row, place] = drawn, logprob
+        return drawn, done | torch.isin(drawn, eos_ids) | (step + 1 >= max_new_tokens)
+
+    while waiting or len(row):
+        # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
+        while waiting and (not len(row) or slots - len(row) >= max(len(waiting[-1][1]), slots // 4)):
+            batch, free = [], slots - len(row)
+            while waiting and free and (not batch or (len(waiting[-1][1]) <= free and (len(batch) + 1) * len(batch[0][0]) <= 16384)):
+                prompt, rows = waiting.pop()
+                batch.append((list(prompt), rows[:free]))
+                if len(rows) > free:                         # more samples than slots: the rest waits
+                    waiting.append((prompt, rows[free:]))
+                free -= len(batch[-1][1])
+            prefix = DynamicCache()
+            lengths = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                  # [U]
+            padded = pad([prompt for prompt, _ in batch], policy.tokenizer.eos_id, device)               # [U, L]
+            hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)                # causal: pads come last
+            if cache is None:
+                cache = Cache(layers=[SlotLayer(layer.keys, slots, longest_prompt + max_new_tokens) for layer in prefix.layers])
+            owner = torch.tensor([u for u, (_, rows) in enumerate(batch) for _ in rows], device=device)  # [new]
+            new, count = torch.tensor([r for _, rows in batch for r in rows], device=device), len(row)
+            for layer, source in zip(cache.layers, prefix.layers):
+                layer.keys[count:count + len(new), :, :padded.shape[1]] = source.keys[owner]
+                layer.values[count:count + len(new), :, :padded.shape[1]] = source.values[owner]
+            logits = head(model, hidden[torch.arange(len(batch), device=device), lengths - 1], temperature or 1.0)[owner]
+            zeros = torch.zeros_like(new)
+            drawn, ended = emit(logits, new, zeros, zeros.bool())
+            row, step, column = torch.cat([row, new]), torch.cat([step, zeros + 1]), torch.cat([column, lengths[owner]])
+            token, done = torch.cat([token, drawn]), torch.cat([done, ended])
+
+        # Decode: one token for every row
+        length = int(column.max()) + 1 if len(row) else 0
+        slot = torch.arange(len(row), device=device)
+        for _ in range(look_every if not bool(done.all()) else 0):
+            length = min(length, longest_prompt + max_new_tokens)
+            for layer in cache.layers:
+                layer.rows, layer.columns, layer.length = slot, column, length
+            keys = torch.arange(length, device=device)[None]
+            mask = attention_mask(model, keys[:, None] <= column[:, None, None], column[:, None], keys)
+            hidden = hidden_states(model, token[:, None], position_ids=column[:, None], attention_mask=mask,
+                                   past_key_values=cache, use_cache=True)
+            token, done = emit(head(model, hidden[:, 0], temperature or 1.0), row, step, done)
+            step, column = step + 1, (column + 1).clamp_(max=longest_prompt + max_new_tokens - 1)
+            length += 1
+
+        # Stop: when a quarter has finished, the last rows move into their slots
+        alive = int((~done).sum())
+        if alive <= 0.75 * len(row):
+            holes, movers = done[:alive].nonzero()[:, 0], (~done[alive:]).nonzero()[:, 0] + alive
+            for layer in cache.layers if len(holes) else ():
+                layer.keys[holes, :, :length] = layer.keys[movers, :, :length]
+                layer.values[holes, :, :length] = layer.values[movers, :, :length]
+            order = torch.arange(alive, device=device)
+            order[holes] = movers
+            row, step, column, token, done = row[order], step[order], column[order], token[order], done[order]
+
+    tokens, logprobs = tokens[:, :max_new_tokens], logprobs[:, :max_new_tokens]
+    ended = torch.isin(tokens, eos_ids)
+    mask = (ended.cumsum(-1) - ended.long()) == 0            # True up to and including the first EOS
+    width = int(mask.sum(-1).max())
+    return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets, and the aggregation prompt
+
+
+def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
+    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled.
+
+    Uniform without replacement; or balanced: every trace in exactly K n / N1 sets, by cutting up permutations of the traces
+    until they fit. Raises ValueError when there are no such sets.
+    """
+    distinct = math.comb(num_traces, set_size)
+    if not 1 <= set_size <= num_traces or num_sets > distinct:
+        raise ValueError(f"{num_traces} traces have {distinct} distinct sets of {set_size}; asked for {num_sets}")
+    shuffled = lambda: torch.randperm(num_traces, generator=generator)           # noqa: E731
+    if not balanced:
+        sets = {}
+        while len(sets) < num_sets:
+            drawn = shuffled()[:set_size].tolist()
+            sets.setdefault(frozenset(drawn), drawn)
+        return torch.tensor(list(sets.values()))
+    if num_sets * set_size % num_traces:
+        raise ValueError(f"balanced sets need {num_sets} * {set_size} to be a multiple of {num_traces}")
+    for _ in range(100_000):
+        sets = torch.cat([shuffled() for _ in range(num_sets * set_size // num_traces)]).view(num_sets, set_size).tolist()
+        if all(len(set(s)) == set_size for s in sets) and len({frozenset(s) for s in sets}) == num_sets:
+            return torch.tensor(sets)
+    raise ValueError(f"found no {num_sets} balanced sets of {set_size} of {num_traces} traces")
+
+
+def neutralise(text, markers):
+    """Sampled text made harmless: it can't close its candidate, open another, or write a special token of the tokenizer."""
+    text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
+    while any(marker in text for marker in markers):
+        for marker in markers:
+            text = text.replace(marker, " ")
+    return text
+
+
+def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
+    """The problem's prompt and the numbered candidate traces (strings) -> tokens of the aggregation prompt.
+
+    When that is more than `max_tokens` (0: no limit), candidates lose their beginnings, for answers come last: short ones
+    stay whole, the others share the room equally. Raises ValueError when the problem leaves no room.
+    """
+    texts = [neutralise(trace, tokenizer.markers) for trace in traces]
+
+    def build(texts):
+        listed = (CANDIDATE.format(i + 1) + text + CANDIDATE_END for i, text in enumerate(texts))
+        return tokenizer.chat(prompt + "".join(listed) + AGGREGATE)
+
+    tokens = build(texts)
+    if not max_tokens or len(tokens) <= max_tokens:
+        return tokens
+    bodies = [tokenizer.encode(text) for text in texts]
+    room = max_tokens - len(build([""] * len(texts)))
+    while room >= len(texts):
+        left, limits = room, [0] * len(texts)
+        for rank, i in enumerate(sorted(range(len(texts)), key=lambda i: len(bodies[i]))):
+            limits[i] = min(len(bodies[i]), left // (len(texts) - rank))
+            left -= limits[i]
+        tokens = build([tokenizer.decode(body[len(body) - limit:]) for body, limit in zip(bodies, limits)])
+        if len(tokens) <= max_tokens:
+            return tokens
+        room -= len(tokens) - max_tokens                      # cutting can change how the text splits into tokens
+    raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate
+# of grad J (paper.md section 5; the tests check it by enumeration). No division by a standard deviation anywhere.
+
+
+def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
+    """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1].
+
+    A_set(k) = f_k - mean_{l != k} f_l;  a_j = factor / K * sum_{k: j in G_k} A_set(k). The factor makes up for the part of
+    the signal that other sets with the same trace cancel. "published": self-inclusive baseline, mean over the sets of j.
+    """
+    (_, num_sets, set_size), scores = sets.shape, rewards.mean(-1)                     # f_k: [P, K]
+    member = torch.nn.functional.one_hot(sets, num_traces).sum(2).to(scores.dtype)     # [P, K, N1]
+    advantages = scores - scores.mean(1, keepdim=True)                                 # [P, K]
+    summed = (advantages[:, :, None] * member).sum(1)                                  # [P, N1]
+    if estimator == "published":
+        return summed / member.sum(1).clamp(min=1)
+    if balanced:
+        factor = (num_sets - 1) / (num_sets - num_sets * set_size / num_traces)
+    else:       # p: the chance that another set also holds a given member
+        p = (math.comb(num_traces - 1, set_size - 1) - 1) / (math.comb(num_traces, set_size) - 1)
+        factor = 1 / (1 - p)
+    return summed * num_sets / (num_sets - 1) * factor / num_sets
+
+
+def aggregation_advantages(rewards, estimator="leave-one-out"):
+    """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2]. "published": r_km - mean_m r_km."""
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    return advantages if estimator == "published" else advantages / ((rewards.shape[-1] - 1) * rewards.shape[1])
+
+
+def grpo_advantages(rewards):
+    """(r_j - mean_{i != j} r_i) / G, unbiased for the gradient of E[r(x, y)]: rewards [P, G] -> [P, G]."""
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and update
+
+
+@dataclass
+class Group:
+    """One prompt and its G completions, which run that prompt once in the update."""
+    prompt: list                 # token ids
+    samples: Samples             # [G, T]
+    advantages: torch.Tensor     # [G]
+
+
+def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
+    """Log-probs of `targets` [M] and entropies, both [M] fp32, from hidden states [M, d], a chunk of logits at a time:
+    memory O(chunk x V), as the backward pass computes each chunk's logits again."""
+    def chunk_logprobs(hidden, targets):
+        logprobs = head(model, hidden, temperature).log_softmax(-1)                    # [chunk, V]
+        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).detach().sum(-1)
+
+    size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
+    if len(targets) <= size:
+        return chunk_logprobs(hidden, targets)
+    chunks = [recompute(chunk_logprobs, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
+    return tuple(map(torch.cat, zip(*chunks)))
+
+
+def length_buckets(lengths, slack=1.1):
+    """Row numbers in groups whose lengths are within a factor `slack` (and a token) of each other."""
+    buckets, limit = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if lengths[row] > limit:
+            buckets.append([])
+            limit = int(slack * lengths[row]) + 1
+        buckets[-1].append(row)
+    return buckets
+
+
+def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
+    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion;
+    tokens, mask [B, T], each row True from its start.
+
+    share_prefix: a prompt runs once, forward and backward, however many completions read its keys and values. Exact: the
+    same gradients as with one whole sequence for each completion, which is the other path.
+    """
+    device, lengths = tokens.device, torch.tensor([len(p) for p in prompts], device=tokens.device)    # [U]
+    padded = pad(prompts, 0, device)                                                                  # [U, L]
+    flat, where = [], []
+    if share_prefix:
+        prefix = DynamicCache()
+        last = hidden_states(model, padded, past_key_values=prefix, use_cache=True)[torch.arange(len(prompts), device=device), lengths - 1]
+    for rows in length_buckets(mask.sum(-1).tolist()):
+        rows = torch.tensor(rows, device=device)
+        mine, present = owner[rows], mask[rows]
+        present = present[:, :int(present.sum(-1).max())]                                             # [b, t]
+        completion, start, steps = tokens[rows, :present.shape[1]], lengths[mine][:, None], torch.arange(present.shape[1], device=device)
+        if share_prefix:
+            hidden = last[mine][:, None]                                                              # predicts the first token
+            if len(steps) > 1:
+                cache, width, positions = DynamicCache(), padded.shape[1], start + steps[:-1]         # positions: [b, t - 1]
+                for i, layer in enumerate(prefix.layers):
+                    cache.update(layer.keys.index_select(0, mine), layer.values.index_select(0, mine), i)
+                columns = torch.arange(width, device=device).expand(len(rows), -1)
+                before = (columns < start)[:, None].expand(-1, len(steps) - 1, -1)                    # the prompt, not its padding
+                causal = (steps[:-1] <= steps[:-1, None]).expand(len(rows), -1, -1)
+                allowed = attention_mask(model, torch.cat([before, causal], 2), positions, torch.cat([columns, positions], 1))
+                later = hidden_states(model, completion[:, :-1], position_ids=positions, attention_mask=allowed, past_key_values=cache,
+                                      use_cache=True)
+                hidden = torch.cat([hidden, later], 1)                                                # [b, t, d]
+        else:
+            whole = pad([prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())], 0, device)
+            hidden = hidden_states(model, whole, use_cache=False)
+            index = (start - 1 + steps).clamp(max=whole.shape[1] - 1)
+            hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        flat.append(token_logprobs(model, hidden[present], completion[present], temperature))
+        where.append(torch.stack([rows[:, None].expand_as(present)[present], steps.expand_as(present)[present]]))
+    place, zeros = tuple(torch.cat(where, 1)), torch.zeros(mask.shape, device=device)
+    return tuple(zeros.index_put(place, torch.cat(values)) for values in zip(*flat))
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. At the first update of a rollout the
+    ratio is 1, and the gradient is plain REINFORCE: minus sum advantage * grad log pi."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+    return -(surrogate * mask).sum()
+
+
+def micro_batches(groups, budget):
+    """Groups of like size together, at most `budget` tokens each (one group at the least)."""
+    size = lambda group: len(group.prompt) + int(group.samples.mask.sum())               # noqa: E731
+    batches, room = [], 0
+    for group in sorted(groups, key=lambda group: (len(group.prompt), size(group))):
+        if size(group) > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(group)
+        room -= size(group)
+    return batches
+
+
+def stack(groups):
+    """Groups -> prompts, owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
+    width = max(group.samples.tokens.shape[1] for group in groups)
+    widen = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))                # noqa: E731
+    owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(group.advantages) for group in groups]))
+    tokens, logprobs, mask = (torch.cat([widen(getattr(group.samples, name)) for group in groups]) for name in ("tokens", "logprobs", "mask"))
+    return [group.prompt for group in groups], owner.to(tokens.device), tokens, logprobs, mask, torch.cat([g.advantages for g in groups])
+
+
+def update(policy, optimizer, groups, num_problems, config, start_model=None):
+    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems` is the one
+    denominator of the whole batch, so the gradient doesn't depend on the micro-batches. Completions without an advantage
+    contribute nothing and are left out. NaN or inf never reaches the weights: the step is skipped."""
+    if start_model is None:
+        groups = [Group(g.prompt, g.samples[g.advantages != 0], g.advantages[g.advantages != 0]) for g in groups]
+    groups, completions = [group for group in groups if len(group.advantages)], sum(len(group.advantages) for group in groups)
+    stats = {"loss": 0.0, "grad_norm": 0.0, "logprob_difference": 0.0, "trained_tokens": 0, "skipped": 0}
+    budget, parameters = config.micro_batch_tokens, [p for p in policy.model.parameters() if p.requires_grad]
+    policy.model.train(config.gradient_checkpointing)        # transformers checkpoints only in training mode; dropout is 0
+    while groups:
+        optimizer.zero_grad(set_to_none=True)
+        stats.update(loss=0.0, logprob_difference=0.0, trained_tokens=0)
+        try:
+            for batch in micro_batches(groups, budget):
+                prompts, owner, tokens, old_logprobs, mask, advantages = stack(batch)
+                inputs = (prompts, owner, tokens, mask, config.temperature, not config.gradient_checkpointing)
+                logprobs, _ = completion_logprobs(policy.model, *inputs)
+                loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
+                if start_model is not None:                   # unbiased, non-negative estimate of KL(policy || start)
+                    with torch.no_grad():
+                        log_ratio = completion_logprobs(start_model, *inputs)[0]
+                    log_ratio = log_ratio - logprobs
+                    loss = loss + config.kl * ((log_ratio.exp() - log_ratio - 1) * mask).sum() * num_problems / completions
+                (loss / num_problems).backward()
+                stats["loss"] += loss.item() / num_problems
+                stats["trained_tokens"] += int(mask.sum())
+                stats["logprob_difference"] = max(stats["logprob_difference"], (logprobs - old_logprobs).abs().max().item())
+            break
+        except torch.OutOfMemoryError:
+            budget //= 2
+            if budget < 64:
+                raise
+            print(f"out of memory: going on with --micro-batch-tokens {budget}", flush=True)
+            config.micro_batch_tokens = budget
+            torch.cuda.empty_cache()
+    policy.model.eval()
+    if groups:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(stats["loss"]):
+            stats["grad_norm"] = norm
+            optimizer.step()
+        else:
+            stats.update(loss=0.0, skipped=1)
+        optimizer.zero_grad(set_to_none=True)
+    return stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages
+
+
+def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator):
+    """sample, and the completions as strings: [len(prompts)] lists of `num_samples`."""
+    samples = sample(policy, prompts, max_new_tokens, config.temperature, num_samples, generator)
+    texts = [policy.tokenizer.decode(row[:n]) for row, n in zip(samples.tokens.tolist(), samples.mask.sum(-1).tolist())]
+    return samples, [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
+
+
+def problem_prompts(policy, task, problems, config):
+    prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
+    if max(map(len, prompts)) > config.max_prompt_tokens:
+        raise ValueError(f"a problem has {max(map(len, prompts))} tokens, more than --max-prompt-tokens {config.max_prompt_tokens}")
+    return prompts
+
+
+def rewards_of(task, problems, texts, device=None):
+    """Verifier on texts[p][...] -> tensor [P, G] of 0 and 1."""
+    return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
+
+
+def grouped(prompts, samples, advantages):
+    """Groups of G from prompt-major samples [len(prompts) * G, T] and advantages [len(prompts), G]."""
+    size = advantages.shape[1]
+    return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
+
+
+def rollout(policy, task, problems, config, generator):
+    """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and all else for people."""
+    num_problems, device = len(problems), policy.device
+    num_traces = config.group() if config.algo == "grpo" else config.num_traces
+    prompts = problem_prompts(policy, task, problems, config)
+    samples, traces = sample_texts(policy, prompts, config.max_trace_tokens, config, num_traces, generator)
+
+    def gate(advantages, samples):              # L_target: nothing is gained by a longer completion
+        long = samples.mask.sum(-1).view(advantages.shape) > (config.target_length or math.inf)
+        return torch.where(long & (advantages > 0), 0.0, advantages)
+
+    trace_rewards = rewards_of(task, problems, traces, device)                            # [P, N1]; spiral only reports them
+    if config.algo == "grpo":
+        search = gate(grpo_advantages(trace_rewards), samples)
+        sets = aggregations = rewards = None
+    else:
+        sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, generator, config.balanced) for _ in problems])
+        set_prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), [traces[p][j] for j in s], config.max_prompt_tokens)
+                       for p, problem in enumerate(problems) for s in sets[p].tolist()]   # P * K of them
+        set_samples, flat = sample_texts(policy, set_prompts, config.max_aggregation_tokens, config, config.num_aggregations, generator)
+        owners = [problem for problem in problems for _ in range(config.num_sets)]
+        rewards = rewards_of(task, owners, flat, device).view(num_problems, config.num_sets, config.num_aggregations)    # [P, K, N2]
+        search = (search_advantages(rewards, sets.to(device), num_traces, config.balanced, config.estimator)
+                  if config.algo == "spiral" else grpo_advantages(trace_rewards))         # [P, N1]
+        search = gate(config.search_weight * search, samples)
+        answer = gate(aggregation_advantages(rewards, config.estimator).view(len(set_prompts), -1), set_samples)         # [P K, N2]
+        aggregations = [flat[p * config.num_sets:(p + 1) * config.num_sets] for p in range(num_problems)]
+        set_groups = grouped(set_prompts, set_samples, answer)
+    records = []
+    for p, (problem, group) in enumerate(zip(problems, grouped(prompts, samples, search))):
+        record = {"problem": problem, "traces": traces[p], "trace_rewards": trace_rewards[p], "search_advantages": search[p], "groups": [group]}
+        if sets is not None:
+            mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
+            record |= {"sets": sets[p], "aggregations": aggregations[p], "rewards": rewards[p], "aggregation_advantages": answer[mine],
+                       "groups": [group, *set_groups[mine]]}
+        records.append(record)
+    return records
+
+
+def has_signal(record):
+    return any(bool((group.advantages != 0).any()) for group in record["groups"])
+
+
+def collect(policy, task, problem_at, cursor, config, generator):
+    """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times
+    that number. Returns (all records, those to train on, the cursor behind the last problem drawn)."""
+    records, useful = [], []
+    while len(useful) < config.problems and len(records) < config.max_draws * config.problems:
+        count = min(config.problems - len(useful), config.max_draws * config.problems - len(records))
+        new = rollout(policy, task, [problem_at(cursor + i) for i in range(count)], config, generator)
+        records, useful, cursor = records + new, useful + [record for record in new if has_signal(record)], cursor + count
+    return records, useful, cursor
+
+
+def statistics(task, records, useful):
+    """What a step looks like, over all problems drawn. Rates and means are per completion; lengths in tokens."""
+    final = [record["rewards" if "rewards" in record else "trace_rewards"] for record in records]
+    texts = [text for r in records for text in (itertools.chain(*r["aggregations"]) if "rewards" in r else r["traces"])]
+    roles = {"search": [r["groups"][0].samples for r in records], "aggregation": [g.samples for r in records for g in r["groups"][1:]]}
+    stats = {"answer_reward": torch.cat([x.flatten() for x in final]).mean().item(),
+             "trace_reward": torch.cat([record["trace_rewards"] for record in records]).mean().item(),
+             "drawn_problems": len(records), "useful_problems": len(useful),
+             "all_right": sum(bool((x == 1).all()) for x in final) / len(final),
+             "all_wrong": sum(bool((x == 0).all()) for x in final) / len(final),
+             "no_answer": sum(task.answer(text) is None for text in texts) / len(texts), "sampled_tokens": 0}
+    for role, samples in roles.items():
+        if samples:
+            lengths = torch.cat([s.mask.sum(-1) for s in samples]).float()
+            stats |= {f"{role}_length": lengths.mean().item(),
+                      f"{role}_entropy": -sum(s.logprobs.sum().item() for s in samples) / lengths.sum().item(),    # E[-log pi]
+                      f"{role}_truncated": sum(s.truncated.sum().item() for s in samples) / len(lengths)}
+            stats["sampled_tokens"] += int(lengths.sum())
+    return stats
+
+
+def transcript(task, record):
+    """One problem as a person reads it: traces, a set, its aggregations, rewards and advantages."""
+    block = lambda text: "\n".join("    " + line for line in text.strip().split("\n"))    # noqa: E731
+    lines = ["problem", block(task.prompt(record["problem"]))]
+    for j, (text, reward, advantage) in enumerate(zip(record["traces"], record["trace_rewards"], record["search_advantages"])):
+        lines += [f"trace {j + 1}   right: {'yes' if reward else 'no'}   advantage {advantage:+.3f}", block(text)]
+        if j == 7:
+            break
+    if "sets" in record:
+        k = int(record["rewards"].mean(-1).argmax())
+        lines.append(f"set of traces {', '.join(str(j + 1) for j in record['sets'][k].tolist())}   score {record['rewards'][k].mean():.2f}   "
+                     f"(all sets: {', '.join(f'{score:.2f}' for score in record['rewards'].mean(-1))})")
+        for m, text in enumerate(record["aggregations"][k]):
+            lines += [f"aggregation {m + 1}   reward {record['rewards'][k][m]:.0f}   advantage {record['aggregation_advantages'][k][m]:+.3f}",
+                      block(text)]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def pass_at_k(num_samples, num_correct, k):
+    """Unbiased estimate of the chance that one of k samples is right, from num_correct of num_samples (arXiv 2107.03374).
+    Raises ValueError when k > num_samples."""
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def majority_vote(answers):
+    """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
+    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random.
+
+    population: [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step,
+    [steps + 1][P][population].
+    """
+    if population is None:
+        prompts = problem_prompts(policy, task, problems, config)
+        population = sample_texts(policy, prompts, config.max_trace_tokens, config, config.population, generator)[1]
+    history = [population]
+    for _ in range(steps):
+        prompts = []
+        for problem, texts in zip(problems, history[-1]):
+            for _ in texts:
+                chosen = torch.randperm(len(texts), generator=generator)[:config.set_size].tolist()
+                prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problem), [texts[j] for j in chosen], config.max_prompt_tokens))
+        flat = [texts[0] for texts in sample_texts(policy, prompts, config.max_aggregation_tokens, config, 1, generator)[1]]
+        size = len(population[0])
+        history.append([flat[i:i + size] for i in range(0, len(flat), size)])
+    return history
+
+
+def evaluate(policy, task, problems, config, seed=0):
+    """Held-out accuracy of each way to use the policy, all at config.temperature; returns a flat dict of numbers."""
+    generator, n = torch.Generator().manual_seed(seed), config.set_size
+    samples, traces = sample_texts(policy, problem_prompts(policy, task, problems, config), config.max_trace_tokens, config,
+                                   config.eval_traces, generator)
+    rewards = rewards_of(task, problems, traces)                                          # [P, S]
+    scores = {f"pass@{k}": float(np.mean([pass_at_k(config.eval_traces, int(c), k) for c in rewards.sum(1).tolist()]))
+              for k in (2 ** i for i in range(config.eval_traces.bit_length()))}
+    votes = [[majority_vote([task.answer(text) for text in texts])] for texts in traces]
+    scores[f"majority@{config.eval_traces}"] = rewards_of(task, problems, [[f"{tasks.ANSWER}{vote}"] for (vote,) in votes]).mean().item()
+    prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts[i:i + n], config.max_prompt_tokens)
+               for problem, texts in zip(problems, traces) for i in range(0, config.eval_traces, n)]
+    flat = sample_texts(policy, prompts, config.max_aggregation_tokens, config, 1, generator)[1]
+    owners = [problem for problem in problems for _ in range(config.eval_traces // n)]
+    right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
+    scores |= {f"aggregate@{n}": right.mean().item(), "emergent": right[hopeless].mean().item() if hopeless.any() else 0.0}
+    start = [texts[:config.population] for texts in traces]
+    if len(start[0]) == config.population and config.rsa_steps:
+        history = recursive_self_aggregation(policy, task, problems, config, start, config.rsa_steps, generator)
+        scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
+    lengths = samples.mask.sum(-1).float()
+    return scores | {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
+                     "trace truncated": samples.truncated.float().mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is
+# a function of (seed, step), so there are no random states to keep.
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_checkpoint(folder, state, policy, optimizer):
+    """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON."""
+    aside = folder.with_name("unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.model.save_pretrained(aside)
+    policy.tokenizer.save_pretrained(aside)
+    moments = {f"{i}.{name}": value.contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
+    save_file(moments, aside / "optimizer.safetensors")
+    sums = {path.name: digest(path) for path in sorted(aside.iterdir())}
+    (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
+    for path in [*aside.iterdir(), aside, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def checkpoints(out):
+    """Folders of the run's checkpoints, the newest first."""
+    return sorted(Path(out).glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1, reverse=True)
+
+
+def newest_checkpoint(out):
+    """(folder, state) of the newest checkpoint that is whole, or (None, None). Names those that are not."""
+    for folder in checkpoints(out):
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            torn = [name for name, value in state["sha256"].items() if digest(folder / name) != value]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            torn = [f"state.json ({type(error).__name__})"]
+        if not torn:
+            return folder, state
+        print(f"{folder} is damaged ({', '.join(torn)}): going on with the one before", flush=True)
+    return None, None
+
+
+def load_optimizer(optimizer, folder):
+    saved, state = load_file(folder / "optimizer.safetensors"), {}
+    for name, value in saved.items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def problem_stream(problems, seed):
+    """problem_at(i): the i-th problem of an endless stream, shuffled anew each time through."""
+    def problem_at(i):
+        epoch, place = divmod(i, len(problems))
+        return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
+    return problem_at
+
+
+def diagnosis(stats, config):
+    """Plain lines about what people otherwise puzzle over."""
+    percent = lambda name: f"{100 * stats.get(name, 0):.0f}%"                             # noqa: E731
+    final = "search" if config.algo == "grpo" else "aggregation"
+    if not stats["useful_problems"]:
+        yield (f"no problem has an advantage: nothing to learn from ({percent('all_right')} of the problems have every answer right, "
+               f"{percent('all_wrong')} every answer wrong). Make the task easier or harder, or draw more")
+    elif stats["useful_problems"] < config.problems and config.max_draws > 1:
+        yield f"only {stats['useful_problems']} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"
+    if stats.get(f"{final}_truncated", 0) > 0.5:
+        yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise --max-{'trace' if final == 'search' else final}-tokens"
+    if stats["no_answer"] > 0.9:
+        yield f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"
+    if stats["search_entropy"] < 0.02:
+        yield f"entropy of the search traces is {stats['search_entropy']:.3f} nats a token: the traces of a problem are nearly the same (collapse)"
+    if stats["logprob_difference"] > 1e-3:
+        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} in log-prob: the gradient is off-policy"
+    if stats["skipped"]:
+        yield "loss or gradient is not finite: step skipped, weights unchanged"
+
+
+def train(config):
+    """The run: resume or start, then `config.steps` times rollout and update; evaluation before and after. Returns the exit code."""
+    task = tasks.make_task(config.task)
+    out = Path(config.out or f"runs/{config.algo}-{config.task.partition(':')[0]}-{config.seed}")
+    folder, state = newest_checkpoint(out)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if folder:
+        changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
+        fatal = set(changed) & {"algo", "task", "model", "seed", "train_problems"}
+        if fatal:
+            raise ValueError(f"{out} holds a run with another {', '.join(sorted(fatal))}: choose another --out")
+        print(f"resuming {folder}" + (f", with changed: {', '.join(changed)}" if changed else ""), flush=True)
+    else:
+        state = {"step": 0, "cursor": 0, "bad": 0}
+    policy = load_policy(config if not folder else Config(**{**asdict(config), "model": str(folder)}))
+    start_model = load_policy(config).model if config.kl else None
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if folder:
+        load_optimizer(optimizer, folder)
+    problem_at = problem_stream(task.problems("train", config.train_problems, config.seed), config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    rows = [line for line in (metrics.read_text().splitlines() if metrics.exists() else []) if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
+    metrics.write_text("".join(row + "\n" for row in rows))
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    print(f"{config.algo} on {config.task}, {parameters / 1e6:.1f}M parameters on {policy.device}; everything goes to {out}/", flush=True)
+
+    interrupted = []
+
+    def stop(number, frame):
+        if interrupted:
+            os._exit(128 + number)
+        interrupted.append(number)
+        print("finishing this step, then saving; once more to stop at once", flush=True)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    while state["step"] < config.steps and not interrupted:
+        began, step = time.time(), state["step"] + 1
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        records, useful, cursor = collect(policy, task, problem_at, state["cursor"], config, generator)
+        sampled = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
+        stats = statistics(task, records, useful)
+        for i in range(config.updates):
+            result = update(policy, optimizer, [g for record in useful for g in record["groups"]], len(useful), config, start_model)
+            stats |= result if i == 0 else {"skipped": stats["skipped"] + result["skipped"]}
+        state = {"step": step, "cursor": cursor, "bad": state["bad"] + 1 if stats["skipped"] else 0}
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **stats}) + "\n")
+        print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
+              f"entropy {stats['search_entropy']:.2f}  useful {len(useful)}/{len(records)}  {sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
+        for line in diagnosis(stats, config):
+            print(f"  note: {line}", flush=True)
+        if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
+            text = f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0])
+            print(text, flush=True)
+        if state["bad"] == 5:
+            print("five steps in a row were not finite: stopping. Lower --lr, or look at the last checkpoint", flush=True)
+            return 1
+        if step % config.save_every == 0 or step == config.steps or interrupted:
+            save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
+            for old in checkpoints(out)[2:]:
+                shutil.rmtree(old)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if interrupted:
+        print(f"saved after step {state['step']}; the same command goes on from there", flush=True)
+        return 128 + interrupted[0]
+    if config.eval_problems:
+        report(policy, task, config, out)
+    return 0
+
+
+def report(policy, task, config, out):
+    """The table before and after, on problems that never occur in training; also to evaluation.jsonl."""
+    held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
+    for name, model in (("before", None), ("after", policy)):
+        if name == "before" and not config.steps:
+            continue
+        print(f"evaluating {name} training on {len(held_out)} {config.eval_split} problems ...", flush=True)
+        columns[name] = evaluate(model or load_policy(config), task, held_out, config)
+        with (out / "evaluation.jsonl").open("a") as file:
+            file.write(json.dumps({"policy": name, "steps": config.steps if model else 0, "split": config.eval_split, **columns[name]}) + "\n")
+    print(f"\n{'held-out ' + config.eval_split:<18}" + "".join(f"{name:>10}" for name in columns) + ("    change" if len(columns) > 1 else ""))
+    for key in columns["after"]:
+        values = [column[key] for column in columns.values()]
+        print(f"{key:<18}" + "".join(f"{value:10.3f}" for value in values) + (f"{values[1] - values[0]:+10.3f}" if len(values) > 1 else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_config(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
+        parser.add_argument("--" + flag(f.name), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
+    return Config(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments=None):
+    config = parse_config(arguments)
+    try:
+        config.check()
+        return train(config)
+    except (ValueError, OSError) as error:
+        print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
