@@ -16,38 +16,30 @@ Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a 
 config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
 """
 
-import argparse
-import copy
-import hashlib
-import itertools
-import json
-import math
-import os
-import re
-import shutil
-import signal
-import sys
-import time
+import argparse, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
 
 import tasks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: every field is a command line option (num_traces is --num-traces) and its help.
+# ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
 
 
-def option(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text, choices=None, low=None):
+    """`low`: the least value allowed; without it it must be above 0."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
 
 
 @dataclass
@@ -57,73 +49,68 @@ class Config:
     task: str = option("countdown", 'countdown or arithmetic, with options: "countdown:numbers=4,high=30"')
     model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
     out: str = option("", "folder of the run; default runs/ALGO-TASK-SEED. One that holds an unfinished run is resumed")
-    seed: int = option(0, "fixes problems, traces and sets")
+    seed: int = option(0, "fixes problems, traces and sets", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice", low=0)
     # The four sizes, and the estimator (paper.md sections 2 to 5)
     num_traces: int = option(8, "N1: search traces per problem")
     set_size: int = option(4, "n: traces in a set")
     num_sets: int = option(4, "K: sets per problem")
     num_aggregations: int = option(4, "N2: aggregation traces per set")
-    group_size: int = option(0, "grpo: traces per problem; 0: num_traces + num_sets * num_aggregations, the same budget")
+    group_size: int = option(0, "grpo: traces per problem; 0: num_traces + num_sets * num_aggregations, the same budget", low=0)
     balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
     estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
                             ("leave-one-out", "published"))
-    search_weight: float = option(0.1, "weight of the search term; 1 is the exact joint gradient")
+    search_weight: float = option(0.1, "weight of the search term; 1 is the exact joint gradient", low=0)
     # Training
-    steps: int = option(60, "training steps; 0: evaluate only")
+    steps: int = option(60, "training steps; 0: evaluate only", low=0)
     problems: int = option(16, "problems per step with an advantage that is not zero")
     max_draws: int = option(2, "draw at most this many times `problems` to find them; 1: take the batch as it comes")
     train_problems: int = option(8000, "distinct training problems; shuffled anew each time they are used up")
     updates: int = option(1, "optimizer updates per rollout; 1 is plain REINFORCE")
     clip: float = option(0.2, "the importance ratio is clipped to [1 - clip, 1 + clip]; it matters when updates > 1")
-    kl: float = option(0.0, "weight of the KL divergence from the start policy")
-    target_length: int = option(0, "L_target: a longer completion gets no positive advantage; 0: off")
+    kl: float = option(0.0, "weight of the KL divergence from the start policy", low=0)
+    target_length: int = option(0, "L_target: a longer completion gets no positive advantage; 0: off", low=0)
     lr: float = option(3e-4, "learning rate (AdamW, constant after a linear warm-up)")
-    warmup: int = option(5, "steps of linear warm-up")
+    warmup: int = option(5, "steps of linear warm-up", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     temperature: float = option(1.0, "of all sampling in training, and of the log-probs in the loss")
     max_prompt_tokens: int = option(1024, "aggregation prompts are cut to this; a longer problem is an error")
-    max_trace_tokens: int = option(48, "longest search trace")
-    max_aggregation_tokens: int = option(56, "longest aggregation trace")
+    max_trace_tokens: int = option(64, "longest search trace")
+    max_aggregation_tokens: int = option(80, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
     # Evaluation and records
-    eval_problems: int = option(200, "held-out problems of the table before and after; 0: no evaluation")
+    eval_problems: int = option(200, "held-out problems of the table before and after; 0: no evaluation", low=0)
     eval_split: str = option("test", "test, or validation for choosing settings", ("test", "validation"))
     eval_traces: int = option(16, "traces per held-out problem; a multiple of set_size")
-    rsa_steps: int = option(2, "steps of recursive self-aggregation in the evaluation")
+    rsa_steps: int = option(2, "steps of recursive self-aggregation in the evaluation", low=0)
     population: int = option(8, "population of recursive self-aggregation")
     save_every: int = option(20, "steps between checkpoints; the last two are kept")
-    transcript_every: int = option(20, "steps between printed transcripts")
+    transcript_every: int = option(20, "steps between printed transcripts", low=0)
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
-        grpo = self.algo == "grpo"
-        distinct = math.comb(max(self.num_traces, 0), max(self.set_size, 0))
-        low = {"steps": 0, "max_draws": 1, "kl": 0, "target_length": 0, "eval_problems": 0, "rsa_steps": 0, "transcript_every": 0,
-               "warmup": 0, "seed": 0, "threads": 0, "group_size": 0, "search_weight": 0}
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(f.metadata['choices'])}")
-            if type(value) in (int, float) and not (math.isfinite(value) and value >= low.get(f.name, 1 if type(value) is int else 1e-12)):
-                raise ValueError(f"--{flag(f.name)} {value}: must be at least {low.get(f.name, 1 if type(value) is int else 'a little above 0')}")
+            value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
+            if choices and value not in choices:
+                raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(choices)}")
+            if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 if low is None else value >= low)):
+                raise ValueError(f"--{flag(f.name)} {value}: must be {'above 0' if low is None else f'at least {low}'}")
+        least = {"grpo": {"group_size": self.group()}, "grpo-agg": {"num_traces": self.num_traces, "num_aggregations": self.num_aggregations},
+                 "spiral": {"num_sets": self.num_sets, "num_aggregations": self.num_aggregations}}[self.algo]
+        distinct = math.comb(self.num_traces, self.set_size)
+        for name, size in least.items():
+            if size < 2:
+                raise ValueError(f"--{flag(name)} {size}: the baseline of one is the mean of the others; use at least 2")
         for bad, text in (
                 (self.set_size > self.num_traces, f"--set-size {self.set_size} is more than --num-traces {self.num_traces}"),
                 (self.num_sets > distinct, f"--num-sets {self.num_sets}: {self.num_traces} traces have only {distinct} distinct sets of {self.set_size}"),
-                (not grpo and self.num_aggregations < 2, "--num-aggregations 1: the baseline is the set's other aggregations; use at least 2"),
-                (self.algo == "spiral" and self.num_sets < 2, "--num-sets 1: the baseline is the other sets; use at least 2"),
-                (self.algo == "spiral" and self.set_size == self.num_traces, "--set-size equal to --num-traces: there is only one set"),
-                (not grpo and self.balanced and self.num_sets * self.set_size % self.num_traces != 0,
-                 f"--balanced needs num_sets * set_size ({self.num_sets} * {self.set_size}) to be a multiple of num_traces ({self.num_traces}); "
-                 "change a size or say --no-balanced"),
-                (self.algo == "spiral" and self.balanced and self.num_sets * self.set_size == self.num_traces * self.num_sets,
-                 "--balanced: every set holds every trace"),
-                (grpo and self.group() < 2, "--group-size 1: the baseline is the problem's other traces; use at least 2"),
-                (self.algo == "grpo-agg" and self.num_traces < 2, "--num-traces 1: the baseline is the problem's other traces; use at least 2"),
-                (self.eval_traces % self.set_size != 0, f"--eval-traces {self.eval_traces} must be a multiple of --set-size {self.set_size}"),
-                (self.set_size > self.population, f"--set-size {self.set_size} is more than --population {self.population}"),
+                (self.balanced and self.algo != "grpo" and self.num_sets * self.set_size % self.num_traces,
+                 f"--balanced needs --num-sets times --set-size to be a multiple of --num-traces {self.num_traces}; or say --no-balanced"),
+                (self.eval_traces % self.set_size, f"--eval-traces {self.eval_traces} must be a multiple of --set-size {self.set_size}"),
+                (self.rsa_steps and not self.set_size <= self.population <= self.eval_traces,
+                 f"--population {self.population} must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}"),
                 (self.clip >= 1, f"--clip {self.clip}: must be below 1")):
             if bad:
                 raise ValueError(text)
@@ -138,19 +125,16 @@ def flag(name):
 
 
 def pick_device(name):
-    """"auto" -> cuda when there is one; raises ValueError for a device that isn't there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs.
+# ---- Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs. -----------------
 
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, settle their "
@@ -182,17 +166,17 @@ class TinyTokenizer:
     def decode(self, tokens):
         return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
 
-    def save_pretrained(self, folder):
-        pass                                                # config.json says tokenizer: tiny
-
 
 class HubTokenizer:
     """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
 
-    def __init__(self, path, eos_token_id):
+    def __init__(self, path):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        listed = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        self.eos_ids = sorted({i for i in [self.hf.eos_token_id, *listed] if i is not None})
+        try:
+            listed = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:                                      # no generation_config.json
+            listed = AutoConfig.from_pretrained(path, trust_remote_code=False).eos_token_id
+        self.eos_ids = sorted({self.hf.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None})
         if not self.eos_ids:
             raise ValueError(f"{path} names no end-of-sequence token")
         self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
@@ -211,9 +195,6 @@ class HubTokenizer:
     def decode(self, tokens):
         return self.hf.decode(tokens, skip_special_tokens=True)
 
-    def save_pretrained(self, folder):
-        self.hf.save_pretrained(folder)
-
 
 @dataclass
 class Policy:
@@ -222,30 +203,39 @@ class Policy:
     device: torch.device
 
 
-def tiny_config(tokenizer):
-    """1.0M parameters, Qwen3-style."""
-    return Qwen3Config(vocab_size=tokenizer.size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                       num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-                       rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, spiral_tokenizer="tiny",
-                       bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+def load_tokenizer(config):
+    """(path, settings, tokenizer) of config.model, without its weights."""
+    path = TINY if config.model == "tiny" else config.model
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
+    return path, settings, TinyTokenizer() if tiny else HubTokenizer(path)
 
 
 def load_policy(config):
     """The policy named by config.model, in fp32. Raises ValueError or OSError when there is none."""
-    path, device = TINY if config.model == "tiny" else config.model, pick_device(config.device)
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
+    (path, _, tokenizer), device = load_tokenizer(config), pick_device(config.device)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
                                                  trust_remote_code=False)
-    for module in model.modules():                          # dropout would set the trainer apart from the sampler
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokenizer = TinyTokenizer() if tiny else HubTokenizer(path, model.generation_config.eos_token_id)
-    return Policy(model.eval().to(device), tokenizer, device)
+    for parameter in model.parameters():                    # fresh memory: views into a file may be aligned otherwise, and then
+        parameter.data = parameter.data.clone()             # a resumed run rounds otherwise
+    probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
+    with torch.no_grad():
+        if not torch.allclose(head(model, hidden_states(model, probe), 1.0), model(probe).logits.float(), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
+    return Policy(model, tokenizer, device)
+
+
+def check_fit(config, task, problems):
+    """Raises ValueError when the longest problem, with candidates, can't fit; needs the tokenizer, not the weights."""
+    _, settings, tokenizer = load_tokenizer(config)
+    longest = max((task.prompt(problem) for problem in problems), key=lambda prompt: len(tokenizer.chat(prompt)))
+    aggregation_prompt(tokenizer, longest, ["0" * 100] * config.set_size, config.max_prompt_tokens)
+    limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
+    needed = config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)
+    if needed > limit:
+        raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
 
 def hidden_states(model, tokens, **inputs):
@@ -265,9 +255,7 @@ def attention_mask(model, allowed, query_positions, key_positions):
     eager attention would misread them, so load_policy asks for SDPA."""
     settings = model.config.get_text_config()
     kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
-    near = allowed
-    if window:
-        near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+    near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window) if window else allowed
     if "sliding_attention" in kinds:
         return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
     return (allowed if kinds else near)[:, None]            # [B, 1, Q, T]
@@ -279,8 +267,7 @@ def pad(rows, value, device):
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts.
+# ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
 
 
 @dataclass
@@ -320,7 +307,7 @@ def draw_tokens(logits, uniforms, greedy):
     A row's randomness is thus its own: what is sampled doesn't depend on which rows share its batch."""
     if greedy:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])        # a point mass: log-prob 0
-    logprobs = logits.log_softmax(-1)                                    # [B, V]
+    logprobs = logits.log_softmax(-1)                                   # [B, V]
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
@@ -406,9 +393,9 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             step, column = step + 1, (column + 1).clamp_(max=longest_prompt + max_new_tokens - 1)
             length += 1
 
-        # Stop: when a quarter has finished, the last rows move into their slots
+        # Stop: when a tenth has finished, the last rows move into their slots
         alive = int((~done).sum())
-        if alive <= 0.75 * len(row):
+        if alive <= 0.9 * len(row):
             holes, movers = done[:alive].nonzero()[:, 0], (~done[alive:]).nonzero()[:, 0] + alive
             for layer in cache.layers if len(holes) else ():
                 layer.keys[holes, :, :length] = layer.keys[movers, :, :length]
@@ -424,33 +411,28 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets, and the aggregation prompt
+# ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
 
 
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled.
 
-    Uniform without replacement; or balanced: every trace in exactly K n / N1 sets, by cutting up permutations of the traces
-    until they fit. Raises ValueError when there are no such sets.
+    Uniform without replacement; or balanced: each trace in K n / N1 sets, by cutting up permutations of the traces until they
+    fit. Raises ValueError when there are no such sets.
     """
-    distinct = math.comb(num_traces, set_size)
-    if not 1 <= set_size <= num_traces or num_sets > distinct:
-        raise ValueError(f"{num_traces} traces have {distinct} distinct sets of {set_size}; asked for {num_sets}")
-    shuffled = lambda: torch.randperm(num_traces, generator=generator)           # noqa: E731
-    if not balanced:
-        sets = {}
-        while len(sets) < num_sets:
-            drawn = shuffled()[:set_size].tolist()
-            sets.setdefault(frozenset(drawn), drawn)
-        return torch.tensor(list(sets.values()))
-    if num_sets * set_size % num_traces:
-        raise ValueError(f"balanced sets need {num_sets} * {set_size} to be a multiple of {num_traces}")
-    for _ in range(100_000):
-        sets = torch.cat([shuffled() for _ in range(num_sets * set_size // num_traces)]).view(num_sets, set_size).tolist()
-        if all(len(set(s)) == set_size for s in sets) and len({frozenset(s) for s in sets}) == num_sets:
-            return torch.tensor(sets)
-    raise ValueError(f"found no {num_sets} balanced sets of {set_size} of {num_traces} traces")
+    if not 1 <= set_size <= num_traces or num_sets > math.comb(num_traces, set_size) or (balanced and num_sets * set_size % num_traces):
+        raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
+    # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
+    common, sets = math.gcd(num_traces, set_size), {}
+    for _ in range(10_000 * num_sets):
+        shuffled = [torch.randperm(num_traces, generator=generator) for _ in range(set_size // common if balanced else 1)]
+        block = torch.cat(shuffled).view(-1, set_size).tolist() if balanced else [shuffled[0][:set_size].tolist()]
+        new = {frozenset(s): s for s in block}
+        fits = len(new) == len(block) and all(len(s) == set_size for s in new) and not new.keys() & sets.keys()
+        sets = sets | new if fits else {} if balanced and torch.rand((), generator=generator) < 0.05 else sets    # out of dead ends
+        if len(sets) == num_sets:
+            return torch.tensor(list(sets.values()))
+    raise ValueError(f"found no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
 
 
 def neutralise(text, markers):
@@ -491,8 +473,7 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate
+# ---- Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate ----
 # of grad J (paper.md section 5; the tests check it by enumeration). No division by a standard deviation anywhere.
 
 
@@ -527,8 +508,7 @@ def grpo_advantages(rewards):
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and update
+# ---- Loss and update ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -571,34 +551,34 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
     share_prefix: a prompt runs once, forward and backward, however many completions read its keys and values. Exact: the
     same gradients as with one whole sequence for each completion, which is the other path.
     """
-    device, lengths = tokens.device, torch.tensor([len(p) for p in prompts], device=tokens.device)    # [U]
-    padded = pad(prompts, 0, device)                                                                  # [U, L]
-    flat, where = [], []
+    device, flat, where = tokens.device, [], []
+    lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
     if share_prefix:
         prefix = DynamicCache()
-        last = hidden_states(model, padded, past_key_values=prefix, use_cache=True)[torch.arange(len(prompts), device=device), lengths - 1]
+        hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)
+        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]                               # [U, d]
     for rows in length_buckets(mask.sum(-1).tolist()):
         rows = torch.tensor(rows, device=device)
-        mine, present = owner[rows], mask[rows]
-        present = present[:, :int(present.sum(-1).max())]                                             # [b, t]
-        completion, start, steps = tokens[rows, :present.shape[1]], lengths[mine][:, None], torch.arange(present.shape[1], device=device)
+        mine, width = owner[rows], int(mask[rows].sum(-1).max())
+        completion, present = tokens[rows, :width], mask[rows, :width]                                      # [b, t]
+        steps = torch.arange(width, device=device)
+        positions = lengths[mine][:, None] + steps                                                          # [b, t]
         if share_prefix:
-            hidden = last[mine][:, None]                                                              # predicts the first token
-            if len(steps) > 1:
-                cache, width, positions = DynamicCache(), padded.shape[1], start + steps[:-1]         # positions: [b, t - 1]
-                for i, layer in enumerate(prefix.layers):
-                    cache.update(layer.keys.index_select(0, mine), layer.values.index_select(0, mine), i)
-                columns = torch.arange(width, device=device).expand(len(rows), -1)
-                before = (columns < start)[:, None].expand(-1, len(steps) - 1, -1)                    # the prompt, not its padding
+            cache, hidden = DynamicCache(), last[mine][:, None]                                             # predicts the first token
+            for i, layer in enumerate(prefix.layers):
+                cache.update(layer.keys.index_select(0, mine), layer.values.index_select(0, mine), i)
+            if width > 1:
+                columns = torch.arange(padded.shape[1], device=device).expand(len(rows), -1)
+                before = (columns < lengths[mine][:, None])[:, None].expand(-1, width - 1, -1)              # the prompt, not its padding
                 causal = (steps[:-1] <= steps[:-1, None]).expand(len(rows), -1, -1)
-                allowed = attention_mask(model, torch.cat([before, causal], 2), positions, torch.cat([columns, positions], 1))
-                later = hidden_states(model, completion[:, :-1], position_ids=positions, attention_mask=allowed, past_key_values=cache,
-                                      use_cache=True)
-                hidden = torch.cat([hidden, later], 1)                                                # [b, t, d]
+                seen, keys = torch.cat([before, causal], 2), torch.cat([columns, positions[:, :-1]], 1)     # [b, t-1, L+t-1], [b, L+t-1]
+                later = hidden_states(model, completion[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True,
+                                      attention_mask=attention_mask(model, seen, positions[:, :-1], keys))
+                hidden = torch.cat([hidden, later], 1)                                                      # [b, t, d]
         else:
-            whole = pad([prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())], 0, device)
-            hidden = hidden_states(model, whole, use_cache=False)
-            index = (start - 1 + steps).clamp(max=whole.shape[1] - 1)
+            rest = [row[:n] for row, n in zip(completion.tolist(), present.sum(-1).tolist())]
+            hidden = hidden_states(model, pad([prompts[u] + row for u, row in zip(mine.tolist(), rest)], 0, device), use_cache=False)
+            index = (positions - 1).clamp(max=hidden.shape[1] - 1)
             hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
         flat.append(token_logprobs(model, hidden[present], completion[present], temperature))
         where.append(torch.stack([rows[:, None].expand_as(present)[present], steps.expand_as(present)[present]]))
@@ -645,7 +625,8 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     groups, completions = [group for group in groups if len(group.advantages)], sum(len(group.advantages) for group in groups)
     stats = {"loss": 0.0, "grad_norm": 0.0, "logprob_difference": 0.0, "trained_tokens": 0, "skipped": 0}
     budget, parameters = config.micro_batch_tokens, [p for p in policy.model.parameters() if p.requires_grad]
-    policy.model.train(config.gradient_checkpointing)        # transformers checkpoints only in training mode; dropout is 0
+    for module in policy.model.modules():                    # the model stays in eval mode: no dropout, as in the sampler
+        module.training = config.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
     while groups:
         optimizer.zero_grad(set_to_none=True)
         stats.update(loss=0.0, logprob_difference=0.0, trained_tokens=0)
@@ -684,8 +665,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     return stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages
+# ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages -----------------------------------
 
 
 def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator):
@@ -695,11 +675,16 @@ def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator
     return samples, [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
-def problem_prompts(policy, task, problems, config):
+def search(policy, task, problems, config, num_samples, generator):
+    """`num_samples` traces of each problem -> (prompts, Samples, texts [P][num_samples])."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
-    if max(map(len, prompts)) > config.max_prompt_tokens:
-        raise ValueError(f"a problem has {max(map(len, prompts))} tokens, more than --max-prompt-tokens {config.max_prompt_tokens}")
-    return prompts
+    return prompts, *sample_texts(policy, prompts, config.max_trace_tokens, config, num_samples, generator)
+
+
+def aggregate(policy, task, problems, sets, config, num_samples, generator):
+    """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]. -> (prompts, Samples, texts)."""
+    prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts, config.max_prompt_tokens) for problem, texts in zip(problems, sets)]
+    return prompts, *sample_texts(policy, prompts, config.max_aggregation_tokens, config, num_samples, generator)
 
 
 def rewards_of(task, problems, texts, device=None):
@@ -707,53 +692,36 @@ def rewards_of(task, problems, texts, device=None):
     return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
 
 
-def grouped(prompts, samples, advantages):
-    """Groups of G from prompt-major samples [len(prompts) * G, T] and advantages [len(prompts), G]."""
-    size = advantages.shape[1]
-    return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
-
-
 def rollout(policy, task, problems, config, generator):
-    """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and all else for people."""
-    num_problems, device = len(problems), policy.device
-    num_traces = config.group() if config.algo == "grpo" else config.num_traces
-    prompts = problem_prompts(policy, task, problems, config)
-    samples, traces = sample_texts(policy, prompts, config.max_trace_tokens, config, num_traces, generator)
+    """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people."""
+    device, num_traces = policy.device, config.group() if config.algo == "grpo" else config.num_traces
 
-    def gate(advantages, samples):              # L_target: nothing is gained by a longer completion
-        long = samples.mask.sum(-1).view(advantages.shape) > (config.target_length or math.inf)
-        return torch.where(long & (advantages > 0), 0.0, advantages)
+    def groups_of(prompts, samples, advantages):
+        """advantages [prompts, G]; L_target: a longer completion gains nothing."""
+        size, lengths = advantages.shape[1], samples.mask.sum(-1).view(advantages.shape)
+        advantages = torch.where((lengths > (config.target_length or math.inf)) & (advantages > 0), 0.0, advantages)
+        return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
 
+    prompts, samples, traces = search(policy, task, problems, config, num_traces, generator)
     trace_rewards = rewards_of(task, problems, traces, device)                            # [P, N1]; spiral only reports them
-    if config.algo == "grpo":
-        search = gate(grpo_advantages(trace_rewards), samples)
-        sets = aggregations = rewards = None
-    else:
+    records = [{"problem": x, "traces": texts, "trace_rewards": r} for x, texts, r in zip(problems, traces, trace_rewards)]
+    credit = grpo_advantages(trace_rewards)                                               # [P, N1]
+    if config.algo != "grpo":
         sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, generator, config.balanced) for _ in problems])
-        set_prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), [traces[p][j] for j in s], config.max_prompt_tokens)
-                       for p, problem in enumerate(problems) for s in sets[p].tolist()]   # P * K of them
-        set_samples, flat = sample_texts(policy, set_prompts, config.max_aggregation_tokens, config, config.num_aggregations, generator)
-        owners = [problem for problem in problems for _ in range(config.num_sets)]
-        rewards = rewards_of(task, owners, flat, device).view(num_problems, config.num_sets, config.num_aggregations)    # [P, K, N2]
-        search = (search_advantages(rewards, sets.to(device), num_traces, config.balanced, config.estimator)
-                  if config.algo == "spiral" else grpo_advantages(trace_rewards))         # [P, N1]
-        search = gate(config.search_weight * search, samples)
-        answer = gate(aggregation_advantages(rewards, config.estimator).view(len(set_prompts), -1), set_samples)         # [P K, N2]
-        aggregations = [flat[p * config.num_sets:(p + 1) * config.num_sets] for p in range(num_problems)]
-        set_groups = grouped(set_prompts, set_samples, answer)
-    records = []
-    for p, (problem, group) in enumerate(zip(problems, grouped(prompts, samples, search))):
-        record = {"problem": problem, "traces": traces[p], "trace_rewards": trace_rewards[p], "search_advantages": search[p], "groups": [group]}
-        if sets is not None:
+        owners = [problem for problem in problems for _ in range(config.num_sets)]        # P * K of them
+        chosen = [[texts[j] for j in s] for texts, drawn in zip(traces, sets.tolist()) for s in drawn]
+        set_prompts, set_samples, texts = aggregate(policy, task, owners, chosen, config, config.num_aggregations, generator)
+        rewards = rewards_of(task, owners, texts, device).view(len(problems), config.num_sets, -1)                       # [P, K, N2]
+        if config.algo == "spiral":
+            credit = search_advantages(rewards, sets.to(device), num_traces, config.balanced, config.estimator)
+        credit = config.search_weight * credit
+        set_groups = groups_of(set_prompts, set_samples, aggregation_advantages(rewards, config.estimator).flatten(0, 1))
+    for p, (record, group) in enumerate(zip(records, groups_of(prompts, samples, credit))):
+        record["groups"] = [group]
+        if config.algo != "grpo":
             mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
-            record |= {"sets": sets[p], "aggregations": aggregations[p], "rewards": rewards[p], "aggregation_advantages": answer[mine],
-                       "groups": [group, *set_groups[mine]]}
-        records.append(record)
+            record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": [group, *set_groups[mine]]}
     return records
-
-
-def has_signal(record):
-    return any(bool((group.advantages != 0).any()) for group in record["groups"])
 
 
 def collect(policy, task, problem_at, cursor, config, generator):
@@ -763,11 +731,12 @@ def collect(policy, task, problem_at, cursor, config, generator):
     while len(useful) < config.problems and len(records) < config.max_draws * config.problems:
         count = min(config.problems - len(useful), config.max_draws * config.problems - len(records))
         new = rollout(policy, task, [problem_at(cursor + i) for i in range(count)], config, generator)
-        records, useful, cursor = records + new, useful + [record for record in new if has_signal(record)], cursor + count
+        useful += [record for record in new if any((group.advantages != 0).any() for group in record["groups"])]
+        records, cursor = records + new, cursor + count
     return records, useful, cursor
 
 
-def statistics(task, records, useful):
+def statistics(task, records, useful, config):
     """What a step looks like, over all problems drawn. Rates and means are per completion; lengths in tokens."""
     final = [record["rewards" if "rewards" in record else "trace_rewards"] for record in records]
     texts = [text for r in records for text in (itertools.chain(*r["aggregations"]) if "rewards" in r else r["traces"])]
@@ -785,29 +754,30 @@ def statistics(task, records, useful):
                       f"{role}_entropy": -sum(s.logprobs.sum().item() for s in samples) / lengths.sum().item(),    # E[-log pi]
                       f"{role}_truncated": sum(s.truncated.sum().item() for s in samples) / len(lengths)}
             stats["sampled_tokens"] += int(lengths.sum())
+    if roles["aggregation"]:        # a prompt that was cut fills its room to within a token for each candidate
+        prompts = [group.prompt for record in records for group in record["groups"][1:]]
+        stats["prompts_at_limit"] = sum(len(prompt) > config.max_prompt_tokens - config.set_size for prompt in prompts) / len(prompts)
     return stats
 
 
 def transcript(task, record):
-    """One problem as a person reads it: traces, a set, its aggregations, rewards and advantages."""
+    """One problem as a person reads it: traces, the best set, its aggregations, rewards and advantages."""
     block = lambda text: "\n".join("    " + line for line in text.strip().split("\n"))    # noqa: E731
+    search_group, *set_groups = record["groups"]
     lines = ["problem", block(task.prompt(record["problem"]))]
-    for j, (text, reward, advantage) in enumerate(zip(record["traces"], record["trace_rewards"], record["search_advantages"])):
-        lines += [f"trace {j + 1}   right: {'yes' if reward else 'no'}   advantage {advantage:+.3f}", block(text)]
-        if j == 7:
-            break
-    if "sets" in record:
-        k = int(record["rewards"].mean(-1).argmax())
-        lines.append(f"set of traces {', '.join(str(j + 1) for j in record['sets'][k].tolist())}   score {record['rewards'][k].mean():.2f}   "
-                     f"(all sets: {', '.join(f'{score:.2f}' for score in record['rewards'].mean(-1))})")
-        for m, text in enumerate(record["aggregations"][k]):
-            lines += [f"aggregation {m + 1}   reward {record['rewards'][k][m]:.0f}   advantage {record['aggregation_advantages'][k][m]:+.3f}",
-                      block(text)]
+    for j, (text, reward, advantage) in enumerate(zip(record["traces"][:8], record["trace_rewards"], search_group.advantages)):
+        lines += [f"trace {j + 1}   {'right' if reward else 'wrong'}   advantage {advantage:+.3f}", block(text)]
+    if set_groups:
+        scores = record["rewards"].mean(-1)
+        k = int(scores.argmax())
+        lines.append(f"set of traces {', '.join(str(j + 1) for j in record['sets'][k].tolist())}   score {scores[k]:.2f}   "
+                     f"(all sets: {', '.join(f'{score:.2f}' for score in scores)})")
+        for m, (text, reward, advantage) in enumerate(zip(record["aggregations"][k], record["rewards"][k], set_groups[k].advantages)):
+            lines += [f"aggregation {m + 1}   reward {reward:.0f}   advantage {advantage:+.3f}", block(text)]
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(num_samples, num_correct, k):
@@ -830,18 +800,12 @@ def recursive_self_aggregation(policy, task, problems, config, population=None, 
     population: [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step,
     [steps + 1][P][population].
     """
-    if population is None:
-        prompts = problem_prompts(policy, task, problems, config)
-        population = sample_texts(policy, prompts, config.max_trace_tokens, config, config.population, generator)[1]
-    history = [population]
+    history = [population or search(policy, task, problems, config, config.population, generator)[2]]
+    size = len(history[0][0])
+    owners = [problem for problem in problems for _ in range(size)]
     for _ in range(steps):
-        prompts = []
-        for problem, texts in zip(problems, history[-1]):
-            for _ in texts:
-                chosen = torch.randperm(len(texts), generator=generator)[:config.set_size].tolist()
-                prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problem), [texts[j] for j in chosen], config.max_prompt_tokens))
-        flat = [texts[0] for texts in sample_texts(policy, prompts, config.max_aggregation_tokens, config, 1, generator)[1]]
-        size = len(population[0])
+        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size].tolist()] for texts in history[-1] for _ in range(size)]
+        flat = [texts[0] for texts in aggregate(policy, task, owners, sets, config, 1, generator)[2]]
         history.append([flat[i:i + size] for i in range(0, len(flat), size)])
     return history
 
@@ -849,30 +813,26 @@ def recursive_self_aggregation(policy, task, problems, config, population=None, 
 def evaluate(policy, task, problems, config, seed=0):
     """Held-out accuracy of each way to use the policy, all at config.temperature; returns a flat dict of numbers."""
     generator, n = torch.Generator().manual_seed(seed), config.set_size
-    samples, traces = sample_texts(policy, problem_prompts(policy, task, problems, config), config.max_trace_tokens, config,
-                                   config.eval_traces, generator)
+    _, samples, traces = search(policy, task, problems, config, config.eval_traces, generator)
     rewards = rewards_of(task, problems, traces)                                          # [P, S]
     scores = {f"pass@{k}": float(np.mean([pass_at_k(config.eval_traces, int(c), k) for c in rewards.sum(1).tolist()]))
               for k in (2 ** i for i in range(config.eval_traces.bit_length()))}
     votes = [[majority_vote([task.answer(text) for text in texts])] for texts in traces]
     scores[f"majority@{config.eval_traces}"] = rewards_of(task, problems, [[f"{tasks.ANSWER}{vote}"] for (vote,) in votes]).mean().item()
-    prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts[i:i + n], config.max_prompt_tokens)
-               for problem, texts in zip(problems, traces) for i in range(0, config.eval_traces, n)]
-    flat = sample_texts(policy, prompts, config.max_aggregation_tokens, config, 1, generator)[1]
     owners = [problem for problem in problems for _ in range(config.eval_traces // n)]
+    sets = [texts[i:i + n] for texts in traces for i in range(0, config.eval_traces, n)]
+    flat = aggregate(policy, task, owners, sets, config, 1, generator)[2]
     right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
-    scores |= {f"aggregate@{n}": right.mean().item(), "emergent": right[hopeless].mean().item() if hopeless.any() else 0.0}
-    start = [texts[:config.population] for texts in traces]
-    if len(start[0]) == config.population and config.rsa_steps:
-        history = recursive_self_aggregation(policy, task, problems, config, start, config.rsa_steps, generator)
-        scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
+    scores |= {f"aggregate@{n}": right.mean().item(), "hopeless sets": hopeless.float().mean().item(),
+               "emergent": (right * hopeless).sum().item() / max(1, int(hopeless.sum()))}       # right from a set with no right trace
+    history = recursive_self_aggregation(policy, task, problems, config, [texts[:config.population] for texts in traces], config.rsa_steps, generator)
+    scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
     lengths = samples.mask.sum(-1).float()
     return scores | {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
                      "trace truncated": samples.truncated.float().mean().item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is
+# ---- Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is ----
 # a function of (seed, step), so there are no random states to keep.
 
 
@@ -880,22 +840,28 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def flush(*paths):
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON."""
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
-    policy.tokenizer.save_pretrained(aside)
+    if isinstance(policy.tokenizer, HubTokenizer):          # the tiny one is named in config.json
+        policy.tokenizer.hf.save_pretrained(aside)
     moments = {f"{i}.{name}": value.contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     save_file(moments, aside / "optimizer.safetensors")
     sums = {path.name: digest(path) for path in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
-    for path in [*aside.iterdir(), aside, folder.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    flush(*aside.iterdir(), aside)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+    flush(folder.parent)
 
 
 def checkpoints(out):
@@ -925,8 +891,7 @@ def load_optimizer(optimizer, folder):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def problem_stream(problems, seed):
@@ -948,53 +913,62 @@ def diagnosis(stats, config):
         yield f"only {stats['useful_problems']} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"
     if stats.get(f"{final}_truncated", 0) > 0.5:
         yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise --max-{'trace' if final == 'search' else final}-tokens"
+    if stats.get("prompts_at_limit", 0) > 0.1:
+        yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates have grown, and lose their beginnings"
     if stats["no_answer"] > 0.9:
         yield f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"
     if stats["search_entropy"] < 0.02:
         yield f"entropy of the search traces is {stats['search_entropy']:.3f} nats a token: the traces of a problem are nearly the same (collapse)"
-    if stats["logprob_difference"] > 1e-3:
-        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} in log-prob: the gradient is off-policy"
+    if stats["logprob_difference"] > 1e-4:
+        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats in a log-prob: the gradient is off-policy"
     if stats["skipped"]:
         yield "loss or gradient is not finite: step skipped, weights unchanged"
 
 
-def train(config):
-    """The run: resume or start, then `config.steps` times rollout and update; evaluation before and after. Returns the exit code."""
-    task = tasks.make_task(config.task)
-    out = Path(config.out or f"runs/{config.algo}-{config.task.partition(':')[0]}-{config.seed}")
-    folder, state = newest_checkpoint(out)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+def start(config, task, out):
+    """A new run, or the one that `out` holds: (policy, optimizer, state), the metrics cut back to the checkpoint."""
+    (folder, state), initial = newest_checkpoint(out), {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}
     if folder:
         changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
-        fatal = set(changed) & {"algo", "task", "model", "seed", "train_problems"}
-        if fatal:
+        if fatal := {"algo", "task", "model", "seed", "train_problems"} & set(changed):
             raise ValueError(f"{out} holds a run with another {', '.join(sorted(fatal))}: choose another --out")
         print(f"resuming {folder}" + (f", with changed: {', '.join(changed)}" if changed else ""), flush=True)
-    else:
-        state = {"step": 0, "cursor": 0, "bad": 0}
-    policy = load_policy(config if not folder else Config(**{**asdict(config), "model": str(folder)}))
-    start_model = load_policy(config).model if config.kl else None
+    policy = load_policy(replace(config, model=str(folder)) if folder else config)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if folder:
         load_optimizer(optimizer, folder)
-    problem_at = problem_stream(task.problems("train", config.train_problems, config.seed), config.seed)
+    state = {name: state[name] for name in initial} if folder else initial
     out.mkdir(parents=True, exist_ok=True)
-    metrics = out / "metrics.jsonl"
-    rows = [line for line in (metrics.read_text().splitlines() if metrics.exists() else []) if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
-    metrics.write_text("".join(row + "\n" for row in rows))
+    metrics, aside = out / "metrics.jsonl", out / "metrics.unfinished"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    aside.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
+    os.replace(aside, metrics)
+    return policy, optimizer, state
+
+
+def train(config):
+    """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    task, out = tasks.make_task(config.task), Path(config.out or f"runs/{config.algo}-{config.task.partition(':')[0]}-{config.seed}")
+    problems = task.problems("train", config.train_problems, config.seed)
+    check_fit(config, task, problems)
+    if not config.steps:
+        report(load_policy(config), task, config, Path(config.out or "runs/evaluation"))
+        return 0
+    (policy, optimizer, state), problem_at = start(config, task, out), problem_stream(problems, config.seed)
+    start_model = load_policy(config).model if config.kl else None
     parameters = sum(p.numel() for p in policy.model.parameters())
     print(f"{config.algo} on {config.task}, {parameters / 1e6:.1f}M parameters on {policy.device}; everything goes to {out}/", flush=True)
-
     interrupted = []
 
-    def stop(number, frame):
+    def interrupt(number, frame):
         if interrupted:
             os._exit(128 + number)
         interrupted.append(number)
-        print("finishing this step, then saving; once more to stop at once", flush=True)
+        print("finishing this step, then saving; once more stops at once", flush=True)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     while state["step"] < config.steps and not interrupted:
         began, step = time.time(), state["step"] + 1
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -1002,27 +976,28 @@ def train(config):
         sampled = time.time()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
-        stats = statistics(task, records, useful)
-        for i in range(config.updates):
-            result = update(policy, optimizer, [g for record in useful for g in record["groups"]], len(useful), config, start_model)
-            stats |= result if i == 0 else {"skipped": stats["skipped"] + result["skipped"]}
-        state = {"step": step, "cursor": cursor, "bad": state["bad"] + 1 if stats["skipped"] else 0}
-        with metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **stats}) + "\n")
+        results = [update(policy, optimizer, [g for record in useful for g in record["groups"]], len(useful), config, start_model)
+                   for _ in range(config.updates)]
+        stats = {"step": step, **statistics(task, records, useful, config), **results[0], "skipped": sum(r["skipped"] for r in results)}
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(stats) + "\n")
+        state |= {"step": step, "cursor": cursor, "bad": state["bad"] + 1 if stats["skipped"] else 0, "recent": state["recent"] + [stats["answer_reward"]]}
         print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
               f"entropy {stats['search_entropy']:.2f}  useful {len(useful)}/{len(records)}  {sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
         for line in diagnosis(stats, config):
             print(f"  note: {line}", flush=True)
         if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
-            text = f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0])
-            print(text, flush=True)
+            print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
         if state["bad"] == 5:
-            print("five steps in a row were not finite: stopping. Lower --lr, or look at the last checkpoint", flush=True)
+            print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
             return 1
         if step % config.save_every == 0 or step == config.steps or interrupted:
+            score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
+            state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
             save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
             for old in checkpoints(out)[2:]:
-                shutil.rmtree(old)
+                if old.name != f"step-{state['best'][0]}":
+                    shutil.rmtree(old)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if interrupted:
@@ -1034,27 +1009,26 @@ def train(config):
 
 
 def report(policy, task, config, out):
-    """The table before and after, on problems that never occur in training; also to evaluation.jsonl."""
+    """The table, on problems that never occur in training; also to evaluation.jsonl. config.steps 0: of this policy alone."""
     held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
-    for name, model in (("before", None), ("after", policy)):
-        if name == "before" and not config.steps:
-            continue
-        print(f"evaluating {name} training on {len(held_out)} {config.eval_split} problems ...", flush=True)
-        columns[name] = evaluate(model or load_policy(config), task, held_out, config)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("before", "after") if config.steps else (config.model,):
+        print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
+        columns[name] = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
         with (out / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"policy": name, "steps": config.steps if model else 0, "split": config.eval_split, **columns[name]}) + "\n")
-    print(f"\n{'held-out ' + config.eval_split:<18}" + "".join(f"{name:>10}" for name in columns) + ("    change" if len(columns) > 1 else ""))
-    for key in columns["after"]:
-        values = [column[key] for column in columns.values()]
-        print(f"{key:<18}" + "".join(f"{value:10.3f}" for value in values) + (f"{values[1] - values[0]:+10.3f}" if len(values) > 1 else ""))
+            file.write(json.dumps({"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}) + "\n")
+    print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
+    for key, value in columns[name].items():
+        print(f"{key:<18}" + (f"{columns['before'][key]:10.3f}{value:10.3f}{value - columns['before'][key]:+10.3f}" if config.steps else f"{value:10.3f}"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
 
 def parse_config(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: (print(f"spiral.py: {message}", file=sys.stderr), sys.exit(2))
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
         parser.add_argument("--" + flag(f.name), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
@@ -1062,13 +1036,16 @@ def parse_config(arguments=None):
 
 
 def main(arguments=None):
+    transformers_logging.disable_progress_bar()
     config = parse_config(arguments)
     try:
         config.check()
         return train(config)
-    except (ValueError, OSError) as error:
+    except torch.OutOfMemoryError:
+        print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as error:      # a full disk among them
         print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+    return 2
 
 
 if __name__ == "__main__":

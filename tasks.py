@@ -87,7 +87,7 @@ class Task:
         """`count` distinct problems. A problem belongs to one split for ever, by a checksum of what it asks: a tenth each
         to "validation" and "test", the rest to "train". Raises ValueError when the task doesn't hold that many."""
         rng, found = random.Random(f"{split} {seed}"), {}
-        for _ in range(200 * count + 1000):
+        for _ in range(50 * count + 1000):
             if len(found) == count:
                 return list(found.values())
             problem = self.draw(rng)
@@ -252,5 +252,5 @@ def make_task(name):
         raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
     try:
         return TASKS[name](**{key: int(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)})
-    except TypeError as error:
-        raise ValueError(f"task {name}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"task {name} with options {options!r}: {error}") from None

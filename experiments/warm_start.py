@@ -1,9 +1,10 @@
 """Make the tiny policy's warm start: imitate noisy, machine-written traces and aggregations (tasks.py writes them).
 
-    python experiments/warm_start.py                  # remakes experiments/tiny; about an hour on one core
+    python experiments/warm_start.py --steps 2200 --stop 1000 && python experiments/warm_start.py --start 1000 --steps 1500
 
-Two phases. First the demonstrations are skilful, so that the policy learns arithmetic, search and audit; then, in the last
-quarter, as clumsy as the starting point that reinforcement learning wants: room to improve in both roles.
+remakes experiments/tiny, about 40 minutes on one idle core. The demonstrations are skilful at first, so that the policy learns
+arithmetic, search and audit; in the last quarter of --steps they are as clumsy as the starting point that reinforcement
+learning wants: room to improve in both roles.
 """
 
 import argparse
@@ -15,13 +16,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
 
 MIX = {"countdown": 0.75, "countdown:numbers=4": 0.1, "arithmetic": 0.15}
+
+
+def tiny_config(tokenizer):
+    """1.0M parameters, Qwen3-style."""
+    return Qwen3Config(vocab_size=tokenizer.size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+                       rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, spiral_tokenizer="tiny",
+                       bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
 
 
 def document(task, pool, tokenizer, rng, role, skill, noise):
@@ -52,8 +61,9 @@ def loss_of(model, documents, total):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--start", type=int, default=0, help="go on at this step, from the weights in --out")
+    parser.add_argument("--stop", type=int, default=0, help="end after this step of the schedule; 0: at its end")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--skill", type=float, nargs=2, default=(0.6, 0.3), help="share of attempts that are solutions: before, at the end")
     parser.add_argument("--noise", type=float, nargs=2, default=(0.05, 0.15), help="share of wrong verdicts in audits: before, at the end")
@@ -66,7 +76,7 @@ def main():
     if args.start:
         model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_config(spiral.tiny_config(tokenizer), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     pools = {tasks.make_task(name): tasks.make_task(name).problems("train", 20000, 0) for name in MIX}
     began, running = time.time(), None
@@ -92,10 +102,12 @@ def main():
         running = loss if running is None else 0.98 * running + 0.02 * loss
         if step % 50 == 0 or step == args.steps:
             print(f"step {step}/{args.steps}  loss {running:.4f}  lr {lr:.1e}  {time.time() - began:.0f}s", flush=True)
-        if step % 250 == 0 or step == args.steps:
+        if step % 250 == 0 or step in (args.steps, args.stop):
             half = AutoModelForCausalLM.from_config(model.config, dtype=torch.float16)      # 2 MB
             half.load_state_dict(model.state_dict())
             half.save_pretrained(args.out)
+        if step == args.stop:
+            break
 
 
 if __name__ == "__main__":
