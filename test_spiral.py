@@ -1074,3 +1074,10 @@ def test_diagnosis_names_what_is_wrong_and_nothing_else(sick, words):
     lines = list(spiral.diagnosis(HEALTHY | sick, spiral.Config(problems=16, max_draws=2)))
     assert (lines == []) if words is None else (len(lines) == 1 and words in lines[0])
     assert any("--max-trace-tokens" in line for line in spiral.diagnosis(HEALTHY | {"search_truncated": 0.9}, spiral.Config(algo="grpo", problems=16)))
+
+
+def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
+    """The short form of `experiments/robustness.py kill`: SIGKILL at random moments, inside checkpoint writes included."""
+    code = "import sys, robustness; compared, identical, _ = robustness.kill(5, sys.argv[1]); sys.exit(compared != identical)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(spiral.__file__).parent / "experiments", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
