@@ -450,27 +450,23 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     When that is more than `max_tokens` (0: no limit), candidates lose their beginnings, for answers come last: short ones
     stay whole, the others share the room equally. Raises ValueError when the problem leaves no room.
     """
-    texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-
     def build(texts):
         listed = (CANDIDATE.format(i + 1) + text + CANDIDATE_END for i, text in enumerate(texts))
         return tokenizer.chat(prompt + "".join(listed) + AGGREGATE)
 
-    tokens = build(texts)
-    if not max_tokens or len(tokens) <= max_tokens:
-        return tokens
-    bodies = [tokenizer.encode(text) for text in texts]
-    room = max_tokens - len(build([""] * len(texts)))
-    while room >= len(texts):
+    texts = [neutralise(trace, tokenizer.markers) for trace in traces]
+    tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], None
+    while max_tokens and len(tokens) > max_tokens:
+        # the first time all the room there is; then less, as cutting can change how the text splits into tokens
+        room = max_tokens - len(build([""] * len(texts))) if room is None else room - (len(tokens) - max_tokens)
+        if room < len(texts):
+            raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
         left, limits = room, [0] * len(texts)
         for rank, i in enumerate(sorted(range(len(texts)), key=lambda i: len(bodies[i]))):
             limits[i] = min(len(bodies[i]), left // (len(texts) - rank))
             left -= limits[i]
         tokens = build([tokenizer.decode(body[len(body) - limit:]) for body, limit in zip(bodies, limits)])
-        if len(tokens) <= max_tokens:
-            return tokens
-        room -= len(tokens) - max_tokens                      # cutting can change how the text splits into tokens
-    raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
+    return tokens
 
 
 # ---- Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate ----
@@ -480,8 +476,8 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
 def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
     """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1].
 
-    A_set(k) = f_k - mean_{l != k} f_l;  a_j = factor / K * sum_{k: j in G_k} A_set(k). The factor makes up for the part of
-    the signal that other sets with the same trace cancel. "published": self-inclusive baseline, mean over the sets of j.
+    A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). Other sets with the same trace cancel the
+    fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j.
     """
     (_, num_sets, set_size), scores = sets.shape, rewards.mean(-1)                     # f_k: [P, K]
     member = torch.nn.functional.one_hot(sets, num_traces).sum(2).to(scores.dtype)     # [P, K, N1]
@@ -489,12 +485,10 @@ def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leav
     summed = (advantages[:, :, None] * member).sum(1)                                  # [P, N1]
     if estimator == "published":
         return summed / member.sum(1).clamp(min=1)
-    if balanced:
-        factor = (num_sets - 1) / (num_sets - num_sets * set_size / num_traces)
-    else:       # p: the chance that another set also holds a given member
-        p = (math.comb(num_traces - 1, set_size - 1) - 1) / (math.comb(num_traces, set_size) - 1)
-        factor = 1 / (1 - p)
-    return summed * num_sets / (num_sets - 1) * factor / num_sets
+    # p: the chance that another set also holds a given member; balanced, that is another R - 1 of K - 1 sets, R = K n / N1
+    p = ((num_sets * set_size / num_traces - 1) / (num_sets - 1) if balanced else
+         (math.comb(num_traces - 1, set_size - 1) - 1) / (math.comb(num_traces, set_size) - 1))
+    return summed / ((num_sets - 1) * (1 - p))
 
 
 def aggregation_advantages(rewards, estimator="leave-one-out"):
@@ -595,25 +589,20 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def micro_batches(groups, budget):
-    """Groups of like size together, at most `budget` tokens each (one group at the least)."""
+    """Groups of like prompts together, at most `budget` tokens each (one group at the least), stacked: yields prompts (lists),
+    owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
     size = lambda group: len(group.prompt) + int(group.samples.mask.sum())               # noqa: E731
     batches, room = [], 0
     for group in sorted(groups, key=lambda group: (len(group.prompt), size(group))):
-        if size(group) > room:
-            batches.append([])
-            room = budget
+        batches, room = (batches + [[]], budget) if size(group) > room else (batches, room)
         batches[-1].append(group)
         room -= size(group)
-    return batches
-
-
-def stack(groups):
-    """Groups -> prompts, owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
-    width = max(group.samples.tokens.shape[1] for group in groups)
-    widen = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))                # noqa: E731
-    owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(group.advantages) for group in groups]))
-    tokens, logprobs, mask = (torch.cat([widen(getattr(group.samples, name)) for group in groups]) for name in ("tokens", "logprobs", "mask"))
-    return [group.prompt for group in groups], owner.to(tokens.device), tokens, logprobs, mask, torch.cat([g.advantages for g in groups])
+    for batch in batches:
+        width = max(group.samples.tokens.shape[1] for group in batch)
+        owner = torch.cat([torch.full_like(group.advantages, u, dtype=torch.long) for u, group in enumerate(batch)])
+        columns = [torch.cat([torch.nn.functional.pad(getattr(group.samples, name), (0, width - group.samples.mask.shape[1])) for group in batch])
+                   for name in ("tokens", "logprobs", "mask")]
+        yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
@@ -631,15 +620,14 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         optimizer.zero_grad(set_to_none=True)
         stats.update(loss=0.0, logprob_difference=0.0, trained_tokens=0)
         try:
-            for batch in micro_batches(groups, budget):
-                prompts, owner, tokens, old_logprobs, mask, advantages = stack(batch)
+            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget):
                 inputs = (prompts, owner, tokens, mask, config.temperature, not config.gradient_checkpointing)
                 logprobs, _ = completion_logprobs(policy.model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
                 if start_model is not None:                   # unbiased, non-negative estimate of KL(policy || start)
                     with torch.no_grad():
-                        log_ratio = completion_logprobs(start_model, *inputs)[0]
-                    log_ratio = log_ratio - logprobs
+                        start_logprobs = completion_logprobs(start_model, *inputs)[0]
+                    log_ratio = start_logprobs - logprobs
                     loss = loss + config.kl * ((log_ratio.exp() - log_ratio - 1) * mask).sum() * num_problems / completions
                 (loss / num_problems).backward()
                 stats["loss"] += loss.item() / num_problems
@@ -656,11 +644,10 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     policy.model.eval()
     if groups:
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        if math.isfinite(norm) and math.isfinite(stats["loss"]):
-            stats["grad_norm"] = norm
+        finite = math.isfinite(norm) and math.isfinite(stats["loss"])
+        stats |= {"grad_norm": norm} if finite else {"loss": 0.0, "skipped": 1}
+        if finite:
             optimizer.step()
-        else:
-            stats.update(loss=0.0, skipped=1)
         optimizer.zero_grad(set_to_none=True)
     return stats
 

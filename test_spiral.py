@@ -352,7 +352,7 @@ def test_first_update_is_plain_reinforce_at_the_sampling_temperature(name, tempe
 def test_gradient_is_the_same_for_every_micro_batch_budget():
     policy = toy_policy("qwen3")
     groups = toy_groups(policy)
-    assert len(spiral.micro_batches(groups, 1)) == 5 and len(spiral.micro_batches(groups, 10**6)) == 1
+    assert len(list(spiral.micro_batches(groups, 1))) == 5 and len(list(spiral.micro_batches(groups, 10**6))) == 1
     whole, stats = gradient_of_update(policy, groups, micro_batch_tokens=10**6)
     for budget in (1, 60, 90):
         gradient, other = gradient_of_update(policy, groups, micro_batch_tokens=budget)
@@ -362,11 +362,15 @@ def test_gradient_is_the_same_for_every_micro_batch_budget():
 
 def test_micro_batches_hold_every_group_once_within_the_budget():
     groups = toy_groups(toy_policy("qwen3"))
-    tokens = lambda batch: sum(len(g.prompt) + int(g.samples.mask.sum()) for g in batch)         # noqa: E731
     for budget in (1, 60, 90, 120, 10**6):
-        batches = spiral.micro_batches(groups, budget)
-        assert sorted(map(id, sum(batches, []))) == sorted(map(id, groups))
-        assert all(tokens(batch) <= budget or len(batch) == 1 for batch in batches)
+        batches = list(spiral.micro_batches(groups, budget))
+        assert sorted(p for prompts, *_ in batches for p in prompts) == sorted(group.prompt for group in groups)
+        assert all(sum(map(len, prompts)) + int(mask.sum()) <= budget or len(prompts) == 1 for prompts, _, _, _, mask, _ in batches)
+        for prompts, owner, tokens, _, mask, advantages in batches:      # each row under its own prompt
+            rows = {(tuple(prompts[u]), tuple(row[:n]), round(a, 5)) for u, row, n, a in
+                    zip(owner.tolist(), tokens.tolist(), mask.sum(-1).tolist(), advantages.tolist())}
+            assert rows <= {(tuple(g.prompt), tuple(row[:n]), round(a, 5)) for g in groups for row, n, a in
+                            zip(g.samples.tokens.tolist(), g.samples.mask.sum(-1).tolist(), g.advantages.tolist())}
 
 
 def test_length_buckets_waste_little_padding_and_lose_no_row():
@@ -488,7 +492,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(mon
     monkeypatch.setattr(spiral, "completion_logprobs", limited)
     gradient, other = gradient_of_update(policy, groups, micro_batch_tokens=128)
     assert close(gradient, expected) and other["trained_tokens"] == stats["trained_tokens"]
-    assert len(batches) - 2 == len(spiral.micro_batches(groups, 64)) > len(spiral.micro_batches(groups, 128)) > 1
+    assert len(batches) - 2 == len(list(spiral.micro_batches(groups, 64))) > len(list(spiral.micro_batches(groups, 128))) > 1
     assert "out of memory" in capsys.readouterr().out
     monkeypatch.setattr(spiral, "completion_logprobs", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never enough")))
     with pytest.raises(torch.OutOfMemoryError):
