@@ -128,7 +128,7 @@ def write(items):
 class Countdown(Task):
     """Reach a target with each given number used exactly once. Solvable by construction: a problem is a random solution."""
 
-    def __init__(self, numbers=3, high=30, max_target=100):
+    def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
             raise ValueError("countdown needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
         self.numbers, self.high, self.max_target = numbers, high, max_target

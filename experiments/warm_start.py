@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
 
-MIX = {"countdown": 0.75, "countdown:numbers=4": 0.1, "arithmetic": 0.15}
+MIX = {"countdown:max_target=100": 0.75, "countdown:numbers=4,max_target=100": 0.1, "arithmetic": 0.15}
 
 
 def tiny_config(tokenizer):
