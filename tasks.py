@@ -97,7 +97,8 @@ class Task:
         raise ValueError(f"{type(self).__name__} has too few different problems for {count} in the split {split!r}")
 
     def answer(self, text):
-        return extract_answer(text)
+        answer = extract_answer(text)
+        return None if answer == "none" else answer             # the demonstrations give up with "none"
 
     def aggregation(self, problem, traces, rng, noise=0.1):
         """A demonstration: audit the candidates one by one (each verdict is wrong with probability `noise`), then repeat

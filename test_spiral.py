@@ -322,7 +322,7 @@ def toy_groups(policy, temperature=1.0, seed=0):
 def gradient_of_update(policy, groups, start_model=None, num_problems=3, **options):
     """The gradient that `update` hands to the optimizer (None: it took no step), and its statistics."""
     taken = []
-    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(set_to_none),
+    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(set_to_none), param_groups=[{"params": spiral.trained(policy.model)}],
                                 step=lambda: taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()])))
     stats = spiral.update(policy, optimizer, groups, num_problems, spiral.Config(**{"max_grad_norm": 1e9, **options}), start_model)
     return taken[0] if taken else None, stats
@@ -532,7 +532,7 @@ def small_config(**changes):
 
 def roll(config):
     task = tasks.Countdown()
-    return task, spiral.rollout(text_policy(), task, task.problems("train", 3, 0), config, torch.Generator().manual_seed(0))
+    return task, spiral.rollout(text_policy(), task, task.problems("train", 3, 0), config, [torch.Generator().manual_seed(i) for i in range(3)])
 
 
 def texts_of(samples):
@@ -580,10 +580,11 @@ def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(monkeypatch):
     record = lambda problem: {"problem": problem, "groups": [SimpleNamespace(advantages=torch.tensor([0.0, float(problem % 2)]))]}    # noqa: E731
     monkeypatch.setattr(spiral, "rollout", lambda policy, task, problems, config, generator: [record(problem) for problem in problems])
     config = small_config(problems=4, max_draws=3)
-    records, useful, cursor = spiral.collect(None, None, lambda i: i, 10, config, None)
+    records, useful, found, cursor = spiral.collect(None, None, lambda i: i, 10, config)
+    assert found == 4
     assert [r["problem"] for r in useful] == [11, 13, 15, 17] and [r["problem"] for r in records] == list(range(10, 18)) and cursor == 18
-    records, useful, cursor = spiral.collect(None, None, lambda i: 0, 0, config, None)
-    assert (len(records), useful, cursor) == (12, [], 12)
+    records, useful, found, cursor = spiral.collect(None, None, lambda i: 0, 0, config)
+    assert (len(records), useful, found, cursor) == (12, [], 0, 12)
 
 
 def test_problem_stream_shuffles_every_epoch_anew():
@@ -894,7 +895,7 @@ def test_demonstrations_end_in_an_answer_and_skilled_ones_are_right(name):
         traces = [task.trace(problem, rng) for _ in range(4)]
         rewards += [task.reward(problem, trace) for trace in traces]
         right = task.trace(problem, rng, **skilled)
-        assert all(task.answer(trace) for trace in traces) and task.reward(problem, right) == 1.0
+        assert all(tasks.extract_answer(trace) for trace in traces) and task.reward(problem, right) == 1.0
         told = task.aggregation(problem, [traces[0], right, traces[1]], rng, noise=0.0)
         assert task.reward(problem, told) == 1.0 and "2" + tasks.YES in told           # a faithful audit finds the right candidate
         assert all(f"{i}{tasks.YES if task.reward(problem, trace) else tasks.NO}" in told for i, trace in ((1, traces[0]), (3, traces[1])))
@@ -905,7 +906,7 @@ def test_demonstrations_end_in_an_answer_and_skilled_ones_are_right(name):
 # Command line
 
 SMALL = ("--problems 2 --num-traces 4 --set-size 2 --num-sets 2 --num-aggregations 2 --eval-problems 4 --eval-traces 4 --population 4 --rsa-steps 1 "
-         "--max-trace-tokens 12 --max-aggregation-tokens 12 --train-problems 50 --device cpu --threads 1").split()
+         "--max-trace-tokens 12 --max-aggregation-tokens 12 --train-problems 50 --device cpu").split()
 
 
 def run(*arguments):
