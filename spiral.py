@@ -47,7 +47,8 @@ def option(default, text, choices=None, low=None):
 class Config:
     algo: str = option("spiral", "spiral; grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral",
                        ("spiral", "grpo", "grpo-agg"))
-    task: str = option("countdown", 'countdown or arithmetic, with options: "countdown:numbers=4,high=30"')
+    task: str = option("countdown", 'countdown, arithmetic or math, with options: "countdown:numbers=4,high=30"')
+    data: str = option("", 'problems of --task math: a JSONL of {"problem": ..., "answer": ...}')
     model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
     out: str = option("", "folder of the run; default runs/ALGO-TASK-SEED. One that holds an unfinished run is resumed")
     seed: int = option(0, "fixes problems, traces and sets", low=0)
@@ -57,7 +58,6 @@ class Config:
     set_size: int = option(4, "n: traces in a set")
     num_sets: int = option(4, "K: sets per problem")
     num_aggregations: int = option(4, "N2: aggregation traces per set")
-    group_size: int = option(0, "grpo: traces per problem; 0: num_traces + num_sets * num_aggregations, the same budget", low=0)
     balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
     estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
                             ("leave-one-out", "published"))
@@ -83,7 +83,8 @@ class Config:
     dtype: str = option("auto", "of the weights; bf16 ones are trained through fp32 copies. auto: bf16 for your own model on a GPU",
                         ("auto", "fp32", "bf16"))
     lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
-    # Evaluation and records
+    keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
+    # Evaluation, use and records
     eval_problems: int = option(200, "held-out problems of the table before and after; 0: no evaluation", low=0)
     eval_split: str = option("test", "test, or validation for choosing settings", ("test", "validation"))
     eval_traces: int = option(16, "traces per held-out problem; a multiple of set_size")
@@ -91,6 +92,7 @@ class Config:
     population: int = option(8, "population of recursive self-aggregation")
     save_every: int = option(20, "steps between checkpoints; the last two are kept")
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
+    ask: str = option("", "answer this question with the whole pipeline, and stop: \"3 5 7 26\" to reach 26 with 3, 5 and 7")
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
@@ -100,12 +102,10 @@ class Config:
                 raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(choices)}")
             if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 if low is None else value >= low)):
                 raise ValueError(f"--{flag(f.name)} {value}: must be {'above 0' if low is None else f'at least {low}'}")
-        least = {"grpo": {"group_size": self.group()}, "grpo-agg": {"num_traces": self.num_traces, "num_aggregations": self.num_aggregations},
-                 "spiral": {"num_sets": self.num_sets, "num_aggregations": self.num_aggregations}}[self.algo]
         distinct = math.comb(self.num_traces, self.set_size)
-        for name, size in least.items():
-            if size < 2:
-                raise ValueError(f"--{flag(name)} {size}: the baseline of one is the mean of the others; use at least 2")
+        for name in {"grpo": (), "grpo-agg": ("num_traces", "num_aggregations"), "spiral": ("num_sets", "num_aggregations")}[self.algo]:
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: the baseline of one is the mean of the others; use at least 2")
         for bad, text in (
                 (self.set_size > self.num_traces, f"--set-size {self.set_size} is more than --num-traces {self.num_traces}"),
                 (self.num_sets > distinct, f"--num-sets {self.num_sets}: {self.num_traces} traces have only {distinct} distinct sets of {self.set_size}"),
@@ -118,9 +118,6 @@ class Config:
             if bad:
                 raise ValueError(text)
         pick_device(self.device)
-
-    def group(self):
-        return self.group_size or self.num_traces + self.num_sets * self.num_aggregations
 
 
 def flag(name):
@@ -230,9 +227,9 @@ def load_policy(config):
     """The policy named by config.model; with config.lora_rank its weights are frozen and adapters of that rank are trained. Raises
     ValueError or OSError when there is none."""
     (path, _, tokenizer), device = load_tokenizer(config), pick_device(config.device)
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda" and not isinstance(tokenizer, TinyTokenizer))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if bf16 else torch.float32, attn_implementation="sdpa",
-                                                 use_safetensors=True, trust_remote_code=False)
+    auto = "bf16" if device.type == "cuda" and isinstance(tokenizer, HubTokenizer) else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype if config.dtype != "auto" else auto]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank:
@@ -325,6 +322,13 @@ class SlotLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
 
 
+def cache_bytes(settings, itemsize):
+    """Of one token's keys and values in all layers."""
+    text = settings.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width * itemsize
+
+
 def draw_tokens(logits, uniforms, greedy):
     """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
     A row's randomness is thus its own: what is sampled doesn't depend on which rows share its batch."""
@@ -357,10 +361,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     for i, prompt in enumerate(prompts):
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
-    settings = model.config.get_text_config()
-    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    row_bytes = 2 * settings.num_hidden_layers * heads * width * model.dtype.itemsize * (longest_prompt + max_new_tokens)
+    row_bytes = cache_bytes(model.config, model.dtype.itemsize) * (longest_prompt + max_new_tokens)
     memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
     slots = min(total, max_rows or max(1, memory // row_bytes))
     cache, look_every = None, 1 if device.type == "cpu" else 8           # a look at which rows are done waits for the GPU
@@ -535,6 +536,9 @@ class Group:
     samples: Samples             # [G, T]
     advantages: torch.Tensor     # [G]
 
+    def __getitem__(self, rows):
+        return Group(self.prompt, self.samples[rows], self.advantages[rows])
+
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     """Log-probs of `targets` [M] and entropies, both [M] fp32, from hidden states [M, d], a chunk of logits at a time:
@@ -611,12 +615,18 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     return -(surrogate * mask).sum()
 
 
-def micro_batches(groups, budget):
-    """Groups of like prompts together, at most `budget` tokens each (one group at the least), stacked: yields prompts (lists),
-    owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
-    size = lambda group: len(group.prompt) + int(group.samples.mask.sum())               # noqa: E731
+def micro_batches(groups, budget, share_prefix=True):
+    """Groups of like prompts together, at most `budget` tokens each, stacked; a larger group is split, down to one completion.
+    Yields prompts (lists), owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
+    def size(group):
+        return len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())
+
+    def split(group):
+        half = len(group.advantages) // 2
+        return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
+
     batches, room = [], 0
-    for group in sorted(groups, key=lambda group: (len(group.prompt), size(group))):
+    for group in sorted(itertools.chain(*map(split, groups)), key=lambda group: (len(group.prompt), size(group))):
         batches, room = (batches + [[]], budget) if size(group) > room else (batches, room)
         batches[-1].append(group)
         room -= size(group)
@@ -643,7 +653,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     denominator of the whole batch, so the gradient doesn't depend on the micro-batches. Completions without an advantage
     contribute nothing and are left out. NaN or inf never reaches the weights: the step is skipped."""
     if not config.kl:
-        groups = [Group(g.prompt, g.samples[g.advantages != 0], g.advantages[g.advantages != 0]) for g in groups]
+        groups = [group[group.advantages != 0] for group in groups]
     groups = [group for group in groups if len(group.advantages)]
     completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
     budget, model, masters = config.micro_batch_tokens, policy.model, optimizer.param_groups[0]["params"]
@@ -654,7 +664,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         model.zero_grad(set_to_none=True)
         loss_sum = tokens_sum = difference = 0.0
         try:
-            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget):
+            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget, not config.gradient_checkpointing):
                 inputs = (prompts, owner, tokens, mask, config.temperature, not config.gradient_checkpointing)
                 logprobs, _ = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
@@ -713,6 +723,8 @@ def search(policy, task, problems, config, num_samples, generator):
 
 def aggregate(policy, task, problems, sets, config, num_samples, generator):
     """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]. -> (prompts, Samples, texts)."""
+    if not config.keep_thinking:                             # what comes before the end of a thought is hidden from the aggregator
+        sets = [[text.rpartition("</think>")[2] for text in texts] for texts in sets]
     prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts, config.max_prompt_tokens) for problem, texts in zip(problems, sets)]
     return prompts, *sample_texts(policy, prompts, config.max_aggregation_tokens, config, num_samples, generator)
 
@@ -725,7 +737,8 @@ def rewards_of(task, problems, texts, device=None):
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people. One generator
     a problem: what it samples doesn't depend on the batch, nor on the process that samples it."""
-    device, num_traces = policy.device, config.group() if config.algo == "grpo" else config.num_traces
+    device = policy.device
+    num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
 
     def groups_of(prompts, samples, advantages):
         """advantages [prompts, G]; L_target: a longer completion gains nothing."""
@@ -755,7 +768,13 @@ def rollout(policy, task, problems, config, generators):
     return records
 
 
-def collect(policy, task, problem_at, cursor, config):
+def problem_at(problems, seed, i):
+    """The i-th problem of an endless stream, shuffled anew each time through."""
+    epoch, place = divmod(i, len(problems))
+    return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
+
+
+def collect(policy, task, problems, cursor, config):
     """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times that
     number. Returns (all records, those to train on, how many these are over all processes, the cursor behind the last problem
     drawn). Each process takes every `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
@@ -764,7 +783,7 @@ def collect(policy, task, problem_at, cursor, config):
         end = min(cursor + config.problems - found, limit)
         if mine := range(cursor + rank, end, processes):
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
-            records += rollout(policy, task, [problem_at(i) for i in mine], config, generators)
+            records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
         useful, cursor = [record for record in records if any((group.advantages != 0).any() for group in record["groups"])], end
         found = int(add_up(torch.tensor(len(useful))))
     return records, useful, found, cursor
@@ -843,18 +862,30 @@ def recursive_self_aggregation(policy, task, problems, config, population=None, 
     return history
 
 
+def solve(policy, task, problem, config, generator=None, show=print):
+    """The pipeline as a tool: `population` traces, then `rsa_steps` of recursive self-aggregation, then a vote. Returns the answer
+    (None: there is none); `show` is called with a line of progress after each."""
+    texts = search(policy, task, [problem], config, config.population, generator)[2]
+    for step in range(config.rsa_steps + 1):
+        if step:
+            texts = recursive_self_aggregation(policy, task, [problem], config, texts, 1, generator)[-1]
+        votes = Counter(task.answer(text) or "no answer" for text in texts[0])
+        show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
+    return majority_vote(map(task.answer, texts[0]))
+
+
 def evaluate(policy, task, problems, config, seed=0):
-    """Held-out accuracy of each way to use the policy, all at config.temperature; returns a flat dict of numbers."""
-    generator, n = torch.Generator().manual_seed(seed), config.set_size
+    """Held-out accuracy of each way to use the policy, all at config.temperature: (a flat dict of numbers, a record of each problem)."""
+    generator, n, per = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces // config.set_size
     _, samples, traces = search(policy, task, problems, config, config.eval_traces, generator)
     rewards = rewards_of(task, problems, traces)                                          # [P, S]
     scores = {f"pass@{k}": float(np.mean([pass_at_k(config.eval_traces, int(c), k) for c in rewards.sum(1).tolist()]))
               for k in (2 ** i for i in range(config.eval_traces.bit_length()))}
     votes = [[majority_vote([task.answer(text) for text in texts])] for texts in traces]
     scores[f"majority@{config.eval_traces}"] = rewards_of(task, problems, [[f"{tasks.ANSWER}{vote}"] for (vote,) in votes]).mean().item()
-    owners = [problem for problem in problems for _ in range(config.eval_traces // n)]
+    owners = [problem for problem in problems for _ in range(per)]
     sets = [texts[i:i + n] for texts in traces for i in range(0, config.eval_traces, n)]
-    flat = aggregate(policy, task, owners, sets, config, 1, generator)[2]
+    _, answers, flat = aggregate(policy, task, owners, sets, config, 1, generator)
     right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
     scores |= {f"aggregate@{n}": right.mean().item(), "hopeless sets": hopeless.float().mean().item(),
                "emergent": (right * hopeless).sum().item() / max(1, int(hopeless.sum()))}       # right from a set with no right trace
@@ -862,22 +893,13 @@ def evaluate(policy, task, problems, config, seed=0):
     scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
     lengths = samples.mask.sum(-1).float()
     return scores | {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
-                     "trace truncated": samples.truncated.float().mean().item()}
+                     "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}, [
+        {"prompt": task.prompt(problem), "traces": texts, "trace_rewards": row, "aggregations": [text for (text,) in flat[i * per:(i + 1) * per]],
+         "rewards": right[i * per:(i + 1) * per].tolist()} for i, (problem, texts, row) in enumerate(zip(problems, traces, rewards.tolist()))]
 
 
 # ---- Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is ----
 # a function of (seed, step), so there are no random states to keep.
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def flush(*paths):
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def save_checkpoint(folder, state, policy, optimizer):
@@ -891,12 +913,15 @@ def save_checkpoint(folder, state, policy, optimizer):
     moments = {f"{i}.{name}": value.contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     masters = {f"{i}.master": m.detach() for i, m in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
     save_file(moments | masters, aside / "optimizer.safetensors")
-    sums = {path.name: digest(path) for path in sorted(aside.iterdir())}
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
-    flush(*aside.iterdir(), aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    flush(folder.parent)
+    for path in (*aside.iterdir(), aside, folder.parent):    # the last one holds the new name
+        if path == folder.parent:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def checkpoints(out):
@@ -909,7 +934,7 @@ def newest_checkpoint(out):
     for folder in checkpoints(out):
         try:
             state = json.loads((folder / "state.json").read_text())
-            torn = [name for name, value in state["sha256"].items() if digest(folder / name) != value]
+            torn = [name for name, value in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             torn = [f"state.json ({type(error).__name__})"]
         if not torn:
@@ -930,14 +955,6 @@ def load_optimizer(optimizer, folder):
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def problem_stream(problems, seed):
-    """problem_at(i): the i-th problem of an endless stream, shuffled anew each time through."""
-    def problem_at(i):
-        epoch, place = divmod(i, len(problems))
-        return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
-    return problem_at
 
 
 def diagnosis(stats, config, dtype=torch.float32):
@@ -991,10 +1008,10 @@ def start(config, task, out):
 
 def train(config):
     """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
-    task, out, (rank, processes) = tasks.make_task(config.task), run_folder(config), world()
+    task, out, (rank, processes) = tasks.make_task(config.task, config.data), run_folder(config), world()
     problems = task.problems("train", config.train_problems, config.seed)
     check_fit(config, task, problems)
-    (policy, optimizer, state), problem_at = start(config, task, out), problem_stream(problems, config.seed)
+    policy, optimizer, state = start(config, task, out)
     start_model = load_policy(config).model if config.kl else None
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
     print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
@@ -1011,7 +1028,7 @@ def train(config):
     stop = False
     while state["step"] < config.steps and not stop:
         began, step = time.time(), state["step"] + 1
-        records, useful, found, cursor = collect(policy, task, problem_at, state["cursor"], config)
+        records, useful, found, cursor = collect(policy, task, problems, state["cursor"], config)
         sampled = time.time()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
@@ -1051,14 +1068,16 @@ def train(config):
 
 
 def report(policy, task, config, out):
-    """The table, on problems that never occur in training; also to evaluation.jsonl. config.steps 0: of this policy alone."""
+    """The table, on problems that never occur in training; also to evaluation.jsonl, and each problem's texts and rewards to
+    records-*.jsonl. config.steps 0: of this policy alone."""
     held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("before", "after") if config.steps else (config.model,):
         print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
-        columns[name] = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
+        columns[name], records = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
         with (out / "evaluation.jsonl").open("a") as file:
             file.write(json.dumps({"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}) + "\n")
+        (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
     for key, value in columns[name].items():
         print(f"{key:<18}" + (f"{columns['before'][key]:10.3f}{value:10.3f}{value - columns['before'][key]:+10.3f}" if config.steps else f"{value:10.3f}"))
@@ -1086,9 +1105,13 @@ def main(arguments=None):
             dist.init_process_group()
         if world()[0]:
             sys.stdout = open(os.devnull, "w")                           # one process speaks for all
-        if config.steps:
+        if config.steps and not config.ask:
             return train(config)
-        report(load_policy(config), tasks.make_task(config.task), config, run_folder(config))
+        task, policy = tasks.make_task(config.task, config.data), load_policy(config)
+        if config.ask:
+            print(f"answer: {solve(policy, task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
+        else:
+            report(policy, task, config, run_folder(config))
         return 0
     except torch.OutOfMemoryError:
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)

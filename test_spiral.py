@@ -352,7 +352,7 @@ def test_first_update_is_plain_reinforce_at_the_sampling_temperature(name, tempe
 def test_gradient_is_the_same_for_every_micro_batch_budget():
     policy = toy_policy("qwen3")
     groups = toy_groups(policy)
-    assert len(list(spiral.micro_batches(groups, 1))) == 5 and len(list(spiral.micro_batches(groups, 10**6))) == 1
+    assert len(list(spiral.micro_batches(groups, 1))) == 20 and len(list(spiral.micro_batches(groups, 10**6))) == 1
     whole, stats = gradient_of_update(policy, groups, micro_batch_tokens=10**6)
     for budget in (1, 60, 90):
         gradient, other = gradient_of_update(policy, groups, micro_batch_tokens=budget)
@@ -360,12 +360,16 @@ def test_gradient_is_the_same_for_every_micro_batch_budget():
         assert other["trained_tokens"] == stats["trained_tokens"] and other["grad_norm"] == pytest.approx(stats["grad_norm"], rel=1e-4)
 
 
-def test_micro_batches_hold_every_group_once_within_the_budget():
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_micro_batches_hold_every_completion_once_within_the_budget(share_prefix):
     groups = toy_groups(toy_policy("qwen3"))
     for budget in (1, 60, 90, 120, 10**6):
-        batches = list(spiral.micro_batches(groups, budget))
-        assert sorted(p for prompts, *_ in batches for p in prompts) == sorted(group.prompt for group in groups)
-        assert all(sum(map(len, prompts)) + int(mask.sum()) <= budget or len(prompts) == 1 for prompts, _, _, _, mask, _ in batches)
+        batches = list(spiral.micro_batches(groups, budget, share_prefix))
+        held = [(prompts[u], round(a, 5)) for prompts, owner, *_, advantages in batches for u, a in zip(owner.tolist(), advantages.tolist())]
+        assert sorted(held) == sorted((group.prompt, round(a, 5)) for group in groups for a in group.advantages.tolist())
+        for prompts, owner, _, _, mask, _ in batches:
+            size = sum(map(len, prompts)) if share_prefix else sum(len(prompts[u]) for u in owner.tolist())
+            assert size + int(mask.sum()) <= budget or len(owner) == 1
         for prompts, owner, tokens, _, mask, advantages in batches:      # each row under its own prompt
             rows = {(tuple(prompts[u]), tuple(row[:n]), round(a, 5)) for u, row, n, a in
                     zip(owner.tolist(), tokens.tolist(), mask.sum(-1).tolist(), advantages.tolist())}
@@ -578,20 +582,21 @@ def test_target_length_gates_positive_advantages_only(coin_rewards):
 
 def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(monkeypatch):
     record = lambda problem: {"problem": problem, "groups": [SimpleNamespace(advantages=torch.tensor([0.0, float(problem % 2)]))]}    # noqa: E731
+    monkeypatch.setattr(spiral, "problem_at", lambda problems, seed, i: i * bool(problems))
     monkeypatch.setattr(spiral, "rollout", lambda policy, task, problems, config, generator: [record(problem) for problem in problems])
     config = small_config(problems=4, max_draws=3)
-    records, useful, found, cursor = spiral.collect(None, None, lambda i: i, 10, config)
+    records, useful, found, cursor = spiral.collect(None, None, [1], 10, config)
     assert found == 4
     assert [r["problem"] for r in useful] == [11, 13, 15, 17] and [r["problem"] for r in records] == list(range(10, 18)) and cursor == 18
-    records, useful, found, cursor = spiral.collect(None, None, lambda i: 0, 0, config)
+    records, useful, found, cursor = spiral.collect(None, None, [], 0, config)
     assert (len(records), useful, found, cursor) == (12, [], 0, 12)
 
 
 def test_problem_stream_shuffles_every_epoch_anew():
-    problem_at = spiral.problem_stream(list("abcdefgh"), seed=3)
+    problem_at = functools.partial(spiral.problem_at, list("abcdefgh"), 3)
     first, second = ([problem_at(8 * epoch + i) for i in range(8)] for epoch in range(2))
     assert sorted(first) == sorted(second) == list("abcdefgh") and first != second
-    assert [problem_at(i) for i in range(8)] == first != [spiral.problem_stream(list("abcdefgh"), seed=4)(i) for i in range(8)]
+    assert [problem_at(i) for i in range(8)] == first != [spiral.problem_at(list("abcdefgh"), 4, i) for i in range(8)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,7 +664,7 @@ def test_evaluation_numbers_by_hand(monkeypatch):
         return spiral.Samples(mask.long(), -0.5 * mask, mask, torch.tensor(truncated)), script[len(asked) - 1]
 
     monkeypatch.setattr(spiral, "sample_texts", scripted)
-    scores = spiral.evaluate(text_policy(), task, problems, small_config(eval_traces=4, population=4, rsa_steps=1))
+    scores, records = spiral.evaluate(text_policy(), task, problems, small_config(eval_traces=4, population=4, rsa_steps=1))
     assert asked == [(2, 10, 4), (4, 8, 1), (8, 8, 1)]
     expected = {"pass@1": 2 / 8, "pass@2": 5 / 12, "pass@4": 1 / 2, "majority@4": 1 / 2, "aggregate@2": 2 / 4, "emergent": 1 / 3, "rsa step 1": 5 / 8,
                 "trace entropy": 0.5, "trace length": 18 / 8, "trace truncated": 1 / 8}
