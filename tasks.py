@@ -11,17 +11,7 @@ evaluate them. `trace` and `aggregation` write the noisy demonstrations from whi
 Run as a program, this file is the worker process in which Math asks the math-verify library.
 """
 
-import contextlib
-import functools
-import json
-import random
-import re
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import zlib
+import contextlib, functools, json, random, re, resource, signal, subprocess, sys, threading, zlib  # noqa: E401
 from fractions import Fraction
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
@@ -38,7 +28,7 @@ def extract_answer(text):
     if start < 0:
         return None
     line = text[start + len("Answer:"):][:MAX_ANSWER].lstrip().split("\n")[0]
-    return line.strip(" \t\r.$*`") or None
+    return line.lstrip(" \t\r$*`").rstrip(" \t\r.$*`") or None           # .5 keeps its point
 
 
 def evaluate(expression):
@@ -268,14 +258,16 @@ def final_answer(text):
 
 def normal(answer):
     """One spelling for answers that mean the same at first sight: undecorated, numbers as exact fractions in lowest terms."""
-    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1", answer).replace("−", "-").replace("{,}", ",")
-    answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]|\\?[$%]|\^\{?\\circ\}?|°", "", answer)
+    answer = " ".join(answer.replace("−", "-").replace("{,}", ",").split())
+    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"(?<!\\)\\(?:(?:left|right)(?![a-zA-Z])|[!,;:$%])|[$%°]|\^\{?\\circ\}?", "", answer)
     answer = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", answer))
-    answer = re.sub(r" (?![0-9A-Za-z])|(?<![0-9A-Za-z]) ", "", " ".join(answer.split())).rstrip(".")     # "1 1/2" is not 11/2
+    answer = re.sub(r" (?![0-9A-Za-z])|(?<![0-9A-Za-z]) ", "", answer).rstrip(".")      # "1 1/2" is not 11/2
     if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", answer):
         answer = answer.replace(",", "")
+    # Fraction itself would take 1e999999999, 1_0 and other digits than 0 to 9
     number = re.sub(r"^([+-]?)\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", answer)
-    plain = len(number) <= 60 and re.fullmatch(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]+\.?|[0-9]*\.[0-9]+)", number)    # Fraction takes 1e999999999
+    plain = len(number) <= 60 and re.fullmatch(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]+\.?|[0-9]*\.[0-9]+)", number)
     return str(Fraction(number)) if plain else answer
 
 
@@ -287,18 +279,20 @@ def equivalent(right, answer):
     """Whether math-verify, in a process of its own, holds two answers for equal; False when that dies of it, or isn't there."""
     global worker
     with lock, contextlib.suppress(OSError):
-        if worker is None or (worker and worker.poll() is not None):
-            worker = subprocess.Popen([sys.executable, __file__, str(MAX_SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      stderr=subprocess.DEVNULL, text=True, start_new_session=True)      # Ctrl-C is not for it
-            if not worker.stdout.readline():
-                worker.wait()
-                worker = False
+        process, worker = worker, None      # an interrupt loses the process, lest its reply be taken for that to the next pair
+        if process is None or (process and process.poll() is not None):
+            process = subprocess.Popen([sys.executable, __file__, str(MAX_SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, text=True, start_new_session=True)      # Ctrl-C is not for it
+            if not process.stdout.readline():
+                process.wait()
+                process = False
                 print("note: no math-verify (pip install math-verify): answers are compared as text and numbers only", file=sys.stderr)
-        if worker:
-            print(json.dumps([right, answer]), file=worker.stdin, flush=True)
-            if reply := worker.stdout.readline():
-                return reply == "1\n"
-            worker.wait()                   # for poll to notice
+        reply = ""
+        if process:
+            print(json.dumps([right, answer]), file=process.stdin, flush=True)
+            reply = process.stdout.readline() or process.wait()
+        worker = process
+        return reply == "1\n"
     return False
 
 
@@ -306,6 +300,7 @@ def serve(seconds):
     """The worker: a line 1 or 0 for each line [right answer, answer] of standard input, until that ends. When a pair takes too
     long the kernel ends the process by an alarm, which also holds when the parent asks from a thread, or is gone."""
     replies, sys.stdout = sys.stdout, sys.stderr        # what the libraries print is no reply
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)       # a parent may have it ignored
     signal.alarm(60)
     from math_verify import LatexExtractionConfig, parse, verify
     import sympy.physics.units                          # reads texts by eval when first imported
