@@ -1286,7 +1286,7 @@ def test_the_time_limit_holds_from_a_thread_and_the_next_call_works(answer, stan
         rewards.append(MATH.reward(math_problem("2x"), rf"\boxed{{{answer}}}"))
         died.append(tasks.worker.poll() is not None)
         rewards.append(MATH.reward(math_problem("2x"), r"\boxed{x+x}"))
-    rewards, died, thread = [], [], threading.Thread(target=ask)
+    rewards, died, thread = [], [], threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(30)                          # a machine under load takes seconds to start a process
     assert (rewards, died) == ([0.0, 1.0], [True])
