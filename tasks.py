@@ -1,17 +1,17 @@
 """The reasoning environments. A task is any object with four methods:
 
-    problems(split, count, seed) -> list of problems     distinct; "train", "validation" and "test" never share one
+    problems(split, count, seed) -> list of problems     distinct; "train", "validation" and "test" never share one. A generator
+                                                         gives exactly `count`; a file (Math) at most: all it has when it has fewer
     prompt(problem) -> str                               the question, and the format of the answer
     answer(text) -> str or None                          what a completion answers (majority voting compares these)
     reward(problem, text) -> 0.0 or 1.0                  the verifier; `text` is a completion, any string at all
 
 Completions are hostile input: the verifiers parse them, with bounds on length, depth and integer size, and never
 evaluate them. `trace` and `aggregation` write the noisy demonstrations from which the tiny policy gets its warm start.
+Run as a program, this file is the worker process in which Math asks the math-verify library.
 """
 
-import random
-import re
-import zlib
+import contextlib, functools, json, random, re, resource, signal, subprocess, sys, threading, zlib  # noqa: E401
 from fractions import Fraction
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
@@ -19,7 +19,7 @@ COUNTDOWN = ("Use all the numbers, each exactly once, with + - * / and parenthes
              '\nThink step by step, then end with one line "Answer: <expression>".\n')
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
 WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")    # each is one token to the tiny policy
-MAX_ANSWER, MAX_DIGITS, MAX_DEPTH = 200, 9, 20
+MAX_ANSWER, MAX_DIGITS, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 9, 20, 20_000, 3
 
 
 def extract_answer(text):
@@ -28,7 +28,7 @@ def extract_answer(text):
     if start < 0:
         return None
     line = text[start + len("Answer:"):][:MAX_ANSWER].lstrip().split("\n")[0]
-    return line.strip(" \t\r.$*`") or None
+    return line.lstrip(" \t\r$*`").rstrip(" \t\r.$*`") or None           # .5 keeps its point
 
 
 def evaluate(expression):
@@ -80,19 +80,22 @@ def evaluate(expression):
     return value, integers
 
 
+def split_of(text):
+    """The split a problem belongs to for ever, by a checksum: a tenth each "validation" and "test", the rest "train"."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
+
+
 class Task:
-    """What the two tasks share: splits, and the demonstrations of an aggregation."""
+    """What the generated tasks share: splits, and the demonstrations of an aggregation."""
 
     def problems(self, split, count, seed):
-        """`count` distinct problems. A problem belongs to one split for ever, by a checksum of what it asks: a tenth each
-        to "validation" and "test", the rest to "train". Raises ValueError when the task doesn't hold that many."""
+        """`count` distinct problems of the split. Raises ValueError when the task doesn't hold that many."""
         rng, found = random.Random(f"{split} {seed}"), {}
         for _ in range(50 * count + 1000):
             if len(found) == count:
                 return list(found.values())
             problem = self.draw(rng)
-            bucket = zlib.crc32(self.key(problem).encode()) % 10
-            if split == {0: "test", 1: "validation"}.get(bucket, "train"):
+            if split == split_of(self.key(problem)):
                 found.setdefault(self.key(problem), problem)
         raise ValueError(f"{type(self).__name__} has too few different problems for {count} in the split {split!r}")
 
@@ -243,15 +246,154 @@ class Arithmetic(Task):
         return text + ANSWER + str(value)
 
 
-TASKS = {"countdown": Countdown, "arithmetic": Arithmetic}
+def final_answer(text):
+    """What the last \boxed{...} with balanced braces holds, else the last "Answer:" line, else "". Tries 20 boxes."""
+    for rest in reversed(text.rsplit(r"\boxed{", 20)[1:]):
+        depth = 1
+        for i, character in enumerate(rest[:MAX_ANSWER + 1]):
+            depth += (character == "{") - (character == "}")
+            if depth == 0:
+                return rest[:i]
+    return extract_answer(text) or ""
 
 
-def make_task(name):
-    """A task from its name and options, "countdown" or "countdown:numbers=4,high=30". Raises ValueError for others."""
-    name, _, options = name.partition(":")
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
+def normal(answer):
+    """One spelling for answers that mean the same at first sight: undecorated, numbers as exact fractions in lowest terms."""
+    answer = " ".join(answer.replace("−", "-").replace("{,}", ",").split())
+    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"(?<!\\)\\(?:(?:left|right)(?![a-zA-Z])|[!,;:$%])|[$%°]|\^\{?\\circ\}?", "", answer)
+    answer = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", answer))
+    answer = re.sub(r" (?![0-9A-Za-z])|(?<![0-9A-Za-z]) ", "", answer).rstrip(".")      # "1 1/2" is not 11/2
+    if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", answer):
+        answer = answer.replace(",", "")
+    # Fraction itself would take 1e999999999, 1_0 and other digits than 0 to 9
+    number = re.sub(r"^([+-]?)\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", answer)
+    plain = len(number) <= 60 and re.fullmatch(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]+\.?|[0-9]*\.[0-9]+)", number)
+    return str(Fraction(number)) if plain else answer
+
+
+worker, lock = None, threading.Lock()       # the process that asks math-verify; False: it doesn't start
+
+
+@functools.lru_cache(maxsize=100_000)       # the completions of a problem mostly agree
+def equivalent(right, answer):
+    """Whether math-verify, in a process of its own, holds two answers for equal; False when that dies of it, or isn't there."""
+    global worker
+    with lock, contextlib.suppress(OSError):
+        process, worker = worker, None      # an interrupt loses the process, lest its reply be taken for that to the next pair
+        if process is None or (process and process.poll() is not None):
+            process = subprocess.Popen([sys.executable, __file__, str(MAX_SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, text=True, start_new_session=True)      # Ctrl-C is not for it
+            if not process.stdout.readline():
+                process.wait()
+                process = False
+                print("note: no math-verify (pip install math-verify): answers are compared as text and numbers only", file=sys.stderr)
+        reply = ""
+        if process:
+            print(json.dumps([right, answer]), file=process.stdin, flush=True)
+            reply = process.stdout.readline() or process.wait()
+        worker = process
+        return reply == "1\n"
+    return False
+
+
+def serve(seconds):
+    """The worker: a line 1 or 0 for each line [right answer, answer] of standard input, until that ends. When a pair takes too
+    long the kernel ends the process by an alarm, which also holds when the parent asks from a thread, or is gone."""
+    replies, sys.stdout = sys.stdout, sys.stderr        # what the libraries print is no reply
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)       # a parent may have it ignored
+    signal.alarm(60)
+    from math_verify import LatexExtractionConfig, parse, verify
+    import sympy.physics.units                          # reads texts by eval when first imported
+
+    def number(code, *scopes):      # sympy reads even numbers by eval, and only numbers: no text is evaluated from here on
+        kind, digits = re.fullmatch(r"(Integer|Float) \('?([0-9.]+)'? \)", code).groups()
+        return getattr(sympy, kind)(digits)
+
+    def same(pair):                 # as LaTeX, which has a grammar; math-verify's plain expressions go through eval
+        right, answer = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in pair)
+        return verify(right, answer, timeout_seconds=None)
+
+    sympy.parsing.sympy_parser.eval_expr = number
+    assert same([r"\frac{1}{2}+x", "x+0.5"]) and not same(["1", "2"])
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    signal.alarm(0)
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.alarm(seconds)
+        verdict = int(same(json.loads(line)))
+        signal.alarm(0)
+        print(verdict, file=replies, flush=True)
+
+
+class Math:
+    """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
+    "split": "train", "validation" or "test" (else a checksum decides). Of equal problems the first counts."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, {}
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        row = self.row(line)
+                        self.rows.setdefault(row["problem"], row)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path} line {number}: {getattr(error, 'msg', error)}") from None
+
+    def row(self, line):
+        row = json.loads(line, parse_float=str)         # 0.10 stays as it is written
+        if not isinstance(row, dict):
+            raise ValueError("not a JSON object")
+        row["answer"] = str(row.get("answer")) if type(row.get("answer")) is int else row.get("answer")
+        for name, limit in (("problem", MAX_PROBLEM), ("answer", MAX_ANSWER)):
+            text = row.get(name)
+            if not isinstance(text, str) or len(text) > limit or not normal(text):
+                raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')
+        row = {"split": split_of(row["problem"]), **row}
+        if row["split"] not in ("train", "validation", "test"):
+            raise ValueError('"split" must be "train", "validation" or "test"')
+        return row
+
+    def problems(self, split, count, seed):
+        """Up to `count` problems of the split, shuffled. Raises ValueError when it has none."""
+        rows = [row for row in self.rows.values() if row["split"] == split]
+        if not rows:
+            raise ValueError(f'{self.path} has no problem in the split "{split}", of {len(self.rows)} in all')
+        random.Random(f"{split} {seed}").shuffle(rows)
+        return rows[:count]
+
+    def prompt(self, problem):
+        return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
+
+    def answer(self, text):
+        return normal(final_answer(text)) or None
+
+    def reward(self, problem, text):
+        raw = final_answer(text)
+        answer, right = normal(raw), normal(problem["answer"])
+        decided = answer == right or not answer or all(re.fullmatch(r"-?[0-9/]+", number) for number in (answer, right))
+        return float(answer == right if decided else equivalent(problem["answer"].replace("$", ""), raw.replace("$", "")))
+
+
+TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
+
+
+def make_task(name, data=""):
+    """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a file `data`. Raises
+    ValueError for others."""
+    kind, _, options = name.partition(":")
+    if kind not in TASKS:
+        raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
+    if (kind == "math") != bool(data):
+        raise ValueError(f"task {kind}: " + ("needs --data, a JSONL file of problems" if not data else f"takes no --data {data}"))
     try:
-        return TASKS[name](**{key: int(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)})
+        options = {key: int(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)}
+        return TASKS[kind](*[data] * bool(data), **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"task {name} with options {options!r}: {error}") from None
+        raise ValueError(f"task {name}: {error}") from None
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -9,11 +9,15 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1091,3 +1095,271 @@ def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
     code = "import sys, robustness; compared, identical, _ = robustness.kill(5, sys.argv[1]); sys.exit(compared != identical)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(spiral.__file__).parent / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Math: a file of problems, answers in every spelling, and math-verify in its worker (a stand-in here, so that it can misbehave)
+
+
+def jsonl(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def math_row(**changes):
+    return {"problem": "What is 1+1?", "answer": "2", **changes}
+
+
+def math_problem(answer):
+    return {"problem": "?", "answer": answer, "split": "train"}
+
+
+MATH = tasks.Math(os.devnull)       # no rows; its verifier needs none
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """install(source): what `import math_verify` finds in workers started from here on."""
+    def stop():
+        tasks.equivalent.cache_clear()
+        if tasks.worker:
+            tasks.worker.kill()
+            tasks.worker.communicate()
+        tasks.worker = None
+
+    def install(source):
+        stop()
+        (tmp_path / "math_verify.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    yield install
+    stop()
+
+
+STAND_IN = r"""
+import mmap, os, time
+LatexExtractionConfig = dict
+def parse(text, config, parsing_timeout):
+    assert parsing_timeout is None          # its own limit works in the main thread only
+    return text.strip("$")
+def verify(right, answer, timeout_seconds):
+    assert timeout_seconds is None
+    print("1\n1")                           # no reply
+    if answer == "sleep": time.sleep(60)
+    if answer == "nap": time.sleep(0.6); return True
+    if answer == "spin": 9 ** 9 ** 9        # one call into C, which no signal handler of Python's could end
+    if answer == "exit": os._exit(0)
+    if answer == "raise": raise RuntimeError
+    if answer == "fill": mmap.mmap(-1, 8 << 30)
+    return [right, answer] in ([r"\frac{1}{2}+x", "x+0.5"], ["2x", "x+x"])
+"""
+
+
+@pytest.fixture
+def stand_in(library, monkeypatch):
+    monkeypatch.setattr(tasks, "MAX_SECONDS", 1)
+    library(STAND_IN)
+
+
+@pytest.fixture
+def no_library(library):
+    library("raise ImportError")
+
+
+def test_math_rows_are_read_and_the_first_of_equal_problems_counts(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", math_row(split="train", id=7), "", {"problem": "b", "answer": 10, "split": "test"}, math_row(answer="3", split="test"),
+                 {"problem": "c", "answer": 0.10, "split": "train"}, '{"problem": "d", "answer": 0.50, "split": "validation"}')
+    task = tasks.make_task("math", path)
+    assert {row["problem"]: (row["answer"], row["split"]) for row in task.rows.values()} == {
+        "What is 1+1?": ("2", "train"), "b": ("10", "test"), "c": ("0.1", "train"), "d": ("0.50", "validation")}
+    assert "What is 1+1?" in task.prompt(task.rows["What is 1+1?"]) and r"\boxed{}" in task.prompt(task.rows["b"]) and task.answer(task.prompt(task.rows["b"])) is None
+
+
+@pytest.mark.parametrize("bad", [
+    "{", "nonsense", '["problem", "answer"]', "3", "null", "[" * 100_000, '{"problem": "a"}', '{"answer": "2"}', math_row(problem=5), math_row(problem=""), math_row(problem=" \n"),
+    math_row(problem=None), math_row(answer=None), math_row(answer=""), math_row(answer=" "), math_row(answer="$$"), math_row(answer=True), math_row(answer=["2"]), math_row(answer={}),
+    '{"problem": "a", "answer": NaN}', '{"problem": "a", "answer": %s}' % ("9" * 5000), math_row(answer="9" * 201), math_row(problem="a" * 20_001), math_row(split="dev"),
+    math_row(split=None), math_row(split=["train"]), math_row(problem="\ud800"), math_row(problem="\ud800", split="train")])
+def test_malformed_rows_are_named_by_file_and_line(bad, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", math_row(), "", bad, math_row())
+    with pytest.raises(ValueError) as error:
+        tasks.make_task("math", path)
+    assert f"{path} line 3: " in str(error.value) and len(str(error.value).splitlines()) == 1 and str(error.value).count("line") == 1
+
+
+def test_bytes_that_are_no_text_are_named_too(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "\xc3\xa9", "answer": 1}\n{"problem": "\xff", "answer": 1}\n')      # a byte order mark is fine
+    with pytest.raises(ValueError, match="line 2: "):
+        tasks.Math(tmp_path / "p.jsonl")
+
+
+def test_math_needs_its_file_and_only_math_takes_one(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", math_row())
+    for name, data in (("math", ""), ("countdown", path), ("arithmetic", path), ("math:high=3", path), ("chess", path)):
+        with pytest.raises(ValueError) as error:
+            tasks.make_task(name, data)
+        assert name.partition(":")[0] in str(error.value) and len(str(error.value).splitlines()) == 1
+    with pytest.raises(OSError):
+        tasks.make_task("math", str(tmp_path / "none.jsonl"))
+
+
+def test_math_splits_by_checksum_or_by_the_row(tmp_path):
+    task = tasks.Math(jsonl(tmp_path / "p.jsonl", *({"problem": f"{i}+1?", "answer": i + 1} for i in range(2000))))
+    splits = {split: [[p["problem"] for p in task.problems(split, 8000, seed)] for seed in (0, 1)] for split in ("train", "validation", "test")}
+    assert sorted(sum((seeds[0] for seeds in splits.values()), [])) == sorted(task.rows)                # each problem in exactly one split
+    assert all(150 < len(splits[split][0]) < 250 for split in ("validation", "test"))
+    for split, (zero, one) in splits.items():
+        assert zero != one and sorted(zero) == sorted(one) and all(tasks.split_of(text) == split for text in zero)
+        assert [p["problem"] for p in task.problems(split, 20, 0)] == zero[:20]
+    own = tasks.Math(jsonl(tmp_path / "own.jsonl", *({"problem": f"{i}+1?", "answer": i + 1, "split": "test"} for i in range(50))))
+    assert len(own.problems("test", 200, 0)) == 50
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=f'own.jsonl has no problem in the split "{split}", of 50'):
+            own.problems(split, 1, 0)
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"\boxed{7}", "7"), (r"so \boxed{1} or rather $\boxed{x+1}$.", "x+1"), (r"\boxed{\frac{a}{b+{c}}} done", r"\frac{a}{b+{c}}"), (r"\boxed{\boxed{3}}", "3"), (r"\boxed{4} \boxed{5", "4"),
+    (r"\boxed{4} \boxed{" + "9" * 201 + "}", "4"), (r"\boxed{" + "y" * 200 + "}", "y" * 200), (r"\boxed{4}" + "\nAnswer: 5", "4"), ("Answer: 5", "5"), ("Answer: $5$.\n", "5"),
+    ("Answer: 1\nAnswer: 2", "2"), (r"\boxed{}", None), (r"\boxed{ $ }", None), (r"\boxed", None), (r"\boxed{", None), ("}{", None), ("", None), ("5", None), (r"Answer: \boxed{6}", "6"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}")])
+def test_the_last_balanced_box_is_the_answer_else_the_last_answer_line(text, answer):
+    assert MATH.answer(text) == answer
+
+
+SAME = [("1/2", "0.5", r"\frac{1}{2}", r"\dfrac12", r"\tfrac 12", "2/4", ".5", "+0.50", "$0.5$", r"\frac{2}{4}", "0.5.", "1/02"), ("-3", "−3", "-3.0", "-03", r"-\frac{6}{2}", r"\frac{-3}{1}", "-3."),
+        ("1234567", "1,234,567", "1{,}234{,}567", r"1\,234\,567", r"1,\!234,\!567", r"\$1,234,567.00"), ("50", r"50\%", "50%", "50.0"), ("90", r"90^\circ", r"90^{\circ}", "90°"),
+        ("(1,2)", r"\left(1, 2\right)", r"\left( 1,\; 2 \right)", "$(1,2)$"), ("yes", r"\text{yes}", r"\mathrm{yes}", " yes "), (r"2\pi r", r"2 \pi r", r"2\pi  r"), ("x+1", "x + 1"), ("0", "-0", "00", "0.0")]
+DIFFERENT = [("1/2", "0.49999"), ("1/3", "0.333333"), ("1 1/2", "11/2"), ("12", "1 2"), ("12", "1,2"), ("1000", "1,00,0"), ("-3", "3"), ("1/0", "0"), ("2", "٢"), ("2", "²"), ("1e3", "1000"), ("1_0", "10"),
+             ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("yes", "no"), (r"\leftarrow", "arrow"), ("x^2", "x2"), ("0." + "3" * 50, "1/3"), ("9" * 60, "9" * 59)]
+
+
+def test_spellings_of_an_answer(no_library):
+    for group in SAME:
+        for one, other in itertools.product(group, group):
+            assert MATH.reward(math_problem(one), rf"\boxed{{{other}}}") == 1.0, (one, other)
+            assert MATH.answer(rf"\boxed{{{one}}}") == MATH.answer(f"Answer: {other}"), (one, other)       # so that they vote together
+    for pair in DIFFERENT:
+        for one, other in (pair, pair[::-1]):
+            assert MATH.reward(math_problem(one), rf"\boxed{{{other}}}") == 0.0, (one, other)
+    for (one, *_), (other, *_) in itertools.combinations(SAME, 2):
+        assert MATH.reward(math_problem(one), rf"\boxed{{{other}}}") == 0.0, (one, other)
+
+
+def test_numbers_are_never_a_matter_for_the_library(library, tmp_path):
+    library(f"open({str(tmp_path / 'started')!r}, 'w')")
+    assert MATH.reward(math_problem("0.333333"), r"\boxed{1/3}") == MATH.reward(math_problem("7"), "none") == 0.0 and not (tmp_path / "started").exists()
+    assert MATH.reward(math_problem("x"), r"\boxed{y}") == 0.0 and (tmp_path / "started").exists()
+
+
+MEGABYTE = 10 ** 6
+HOSTILE_MATH = [r"\boxed{" * (MEGABYTE // 7), r"\boxed{}" * (MEGABYTE // 8), r"\boxed{" + "{" * MEGABYTE, "{" * MEGABYTE, "}" * MEGABYTE, r"\boxed" * (MEGABYTE // 6), "Answer:" * (MEGABYTE // 7),
+                "Answer: " + "9" * MEGABYTE, r"\boxed{" + "9" * MEGABYTE + "}", r"\boxed{" + "9" * 200 + "}", r"\boxed{" + r"\frac" * 39 + "}", r"\boxed{" + " " * 200 + "}", r"\boxed{9**9**9**9}",
+                r"\boxed{9^{9^{9^{9}}}}", r"\boxed{1e999999999}", r"\boxed{1/" + "0" * 150 + "}", r"\boxed{٣/٤}", r"\boxed{" + "٣" * 190 + "}", r"\boxed{__import__('os').system('exit')}", "\\boxed{\0}",
+                "\\boxed{\ud800}", "\\boxed{\n\n}", "\\boxed{a\nb\r\u2028c}", r"\boxed{nan}", r"\boxed{inf}", r"\boxed{\\}", r"\boxed{$$}", r"\boxed{-}", r"\boxed{/}", r"\boxed{1/}", r"\boxed{" + "1," * 99 + "1}",
+                r"\boxed{" + r"\text{" * 30 + "}" * 30 + "}"]
+
+
+@pytest.mark.parametrize("text", HOSTILE_MATH, ids=range(len(HOSTILE_MATH)))
+def test_hostile_math_answers_are_worth_nothing_at_once(text, no_library):
+    MATH.reward(math_problem("x"), r"\boxed{y}")                    # whatever starts the worker has done so
+    begin = time.perf_counter()
+    for answer in ("3", r"\frac{3}{4}", "x"):
+        assert MATH.reward(math_problem(answer), text) == 0.0
+    assert len(MATH.answer(text) or "") <= 300 and time.perf_counter() - begin < 1
+
+
+def test_an_answer_is_its_own_answer(no_library):
+    """spiral.evaluate asks for the reward of "Answer: {vote}"."""
+    rng, pieces, seen = random.Random(0), [*"0123456789" * 2, *"+-/^_=,.x ()[]$%", r"\frac", r"\dfrac", "{1}{2}", r"\left", r"\right", r"\text{x}", r"\pi", r"\,", "1,000", "0.5", "−", "°"], 0
+    for _ in range(5000):
+        body = "".join(rng.choices(pieces, k=rng.randrange(1, 9)))
+        if vote := MATH.answer(rf"\boxed{{{body}}}"):
+            assert MATH.answer(f"Answer: {vote}") == MATH.answer(rf"\boxed{{{vote}}}") == vote
+            assert MATH.reward(math_problem(vote), rf"\boxed{{{body}}}") == MATH.reward(math_problem(body), f"Answer: {vote}") == 1.0
+            seen += 1
+    assert seen > 3000
+
+
+def test_the_library_decides_what_is_left(stand_in):
+    assert MATH.reward(math_problem("2x"), r"\boxed{$x+x$}") == 1.0 and MATH.reward(math_problem("2x"), r"\boxed{x-x}") == 0.0
+    assert MATH.reward(math_problem("x+x"), r"\boxed{2x}") == 0.0                   # right answer first, then the completion's
+
+
+@pytest.mark.parametrize("answer", ["sleep", "spin", "exit", "raise", "fill"])
+def test_the_time_limit_holds_from_a_thread_and_the_next_call_works(answer, stand_in):
+    def ask():
+        rewards.append(MATH.reward(math_problem("2x"), rf"\boxed{{{answer}}}"))
+        died.append(tasks.worker.poll() is not None)
+        rewards.append(MATH.reward(math_problem("2x"), r"\boxed{x+x}"))
+    rewards, died, thread = [], [], threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(30)                          # a machine under load takes seconds to start a process
+    assert (rewards, died) == ([0.0, 1.0], [True])
+
+
+def test_a_worker_killed_by_others_starts_again(stand_in):
+    for _ in range(2):
+        assert MATH.reward(math_problem("2x"), r"\boxed{x+x}") == 1.0
+        tasks.worker.kill()
+        tasks.worker.wait()
+        tasks.equivalent.cache_clear()
+
+
+def test_an_interrupted_question_leaves_no_reply_for_the_next(stand_in, monkeypatch):
+    assert MATH.reward(math_problem("2x"), r"\boxed{x+x}") == 1.0
+    tasks.equivalent.cache_clear()
+    previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(KeyboardInterrupt):
+            MATH.reward(math_problem("2x"), r"\boxed{nap}")
+        assert [MATH.reward(math_problem("2x"), rf"\boxed{{{answer}}}") for answer in ("y", "x+x", "z")] == [0.0, 1.0, 0.0]
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_threads_get_the_replies_to_their_own_questions(stand_in):
+    with ThreadPoolExecutor(8) as pool:
+        rewards = list(pool.map(lambda i: MATH.reward(math_problem("2x"), r"\boxed{x+x}" if i % 3 == 0 else rf"\boxed{{x-{i}x}}"), range(300)))
+    assert rewards == [float(i % 3 == 0) for i in range(300)]
+
+
+def test_without_the_library_it_says_so_once_and_compares_text(no_library, capfd):
+    assert [MATH.reward(math_problem("2x"), rf"\boxed{{{a}}}") for a in ("x+x", "2 x", "2x", "3x")] == [0.0, 0.0, 1.0, 0.0]
+    assert capfd.readouterr().err.count("no math-verify") == 1 and tasks.worker is False
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_worker_goes_when_its_parent_is_killed(busy, stand_in):
+    code = ("import os, signal, tasks, threading, time; tasks.MAX_SECONDS = 1; tasks.equivalent('2x', 'x+x'); "
+            + ("threading.Thread(target=tasks.equivalent, args=('2x', 'sleep')).start(); time.sleep(0.2); " if busy else "")
+            + "print(tasks.worker.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    for _ in range(50):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", killed.stdout.strip()], capture_output=True, text=True).stdout.strip()
+        if state[:1] in ("", "Z"):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {killed.stdout} is still there")
+
+
+def test_the_real_library_in_its_worker(library):
+    pytest.importorskip("math_verify")
+    os.environ.pop("PYTHONPATH")
+    for right, answers in {r"2\sqrt{3}": (r"\sqrt{12}",), "x^2-1": ("(x-1)(x+1)", r"x^{2} - 1"), r"\{1,2\}": (r"\{2, 1\}",), "5": ("x=5", r"5\text{ cm}"), r"\frac{\pi}{2}": (r"\pi/2",)}.items():
+        for answer in answers:
+            assert MATH.reward(math_problem(right), rf"\boxed{{{answer}}}") == 1.0, (right, answer)
+    for answer in ("x^2+1", "(x-1)(x-1)", "yes", "{", "__import__('os').getpid()", r"\text{print(1)}", "9^{9^{9^{9}}}"):
+        assert MATH.reward(math_problem("x^2-1"), rf"\boxed{{{answer}}}") == 0.0, answer
+
+
+def test_the_readme_converts_each_data_set(tmp_path):
+    rows = {"gsm8k": {"question": "How many?", "answer": "3*4=<<3*4=12>>12\n#### 1,200"}, "math": {"problem": "Half?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
+            "polaris": {"problem": "Root?", "answer": r"2\sqrt{3}", "difficulty": "3/8"}}
+    commands = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith("python -c")]
+    for (name, row), command, answer in zip(rows.items(), commands, ("1200", "1/2", r"2\sqrt{3}"), strict=True):
+        jsonl(tmp_path / f"{name}.jsonl", row)
+        subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
+        (problem,) = tasks.Math(tmp_path / "problems.jsonl").rows.values()
+        assert tasks.normal(problem["answer"]) == answer and problem["problem"] in row.values()
