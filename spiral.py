@@ -1086,14 +1086,27 @@ def report(policy, task, config, out):
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
+PRESETS = {     # plain data; what the paper doesn't disclose is ours, and comes after the #
+    "paper": dict(num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5,
+                  lora_rank=32, problems=256, temperature=1.0, kl=0.0,      #
+                  dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50),
+}
+PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
+PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B
+
+
 def parse_config(arguments=None):
     parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: (print(f"spiral.py: {message}", file=sys.stderr), sys.exit(2))
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (experiments/plan.py)")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
         parser.add_argument("--" + flag(f.name), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
-    return Config(**vars(parser.parse_args(arguments)))
+    parser.set_defaults(**PRESETS.get(parser.parse_known_args(arguments)[0].preset, {}))
+    options = vars(parser.parse_args(arguments))
+    del options["preset"]
+    return Config(**options)
 
 
 def main(arguments=None):
