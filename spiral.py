@@ -218,7 +218,9 @@ class Policy:
 def load_tokenizer(config):
     """(path, settings, tokenizer) of config.model, without its weights."""
     path = TINY if config.model == "tiny" else config.model
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    adapters = Path(path) / "adapter_config.json"           # a checkpoint of a LoRA run holds these alone
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
+    settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
     return path, settings, TinyTokenizer() if tiny else HubTokenizer(path)
 
@@ -235,6 +237,7 @@ def load_policy(config):
     if config.lora_rank:
         from peft import LoraConfig
         if not getattr(model, "peft_config", None):          # a checkpoint of a LoRA run brings its own
+            torch.manual_seed(config.seed)                   # the same adapters in every process
             model.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad = "lora_" in name
@@ -907,7 +910,6 @@ def save_checkpoint(folder, state, policy, optimizer):
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
-    policy.model.config.save_pretrained(aside)              # adapters come without
     if isinstance(policy.tokenizer, HubTokenizer):          # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
     moments = {f"{i}.{name}": value.contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}

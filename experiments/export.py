@@ -3,6 +3,7 @@
     python experiments/export.py runs/spiral-math-0/step-60 exported
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import spiral  # noqa: E402
 
 def export(folder, target):
     _, _, tokenizer = spiral.load_tokenizer(spiral.Config(model=str(folder)))
-    if (Path(folder) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    adapters, load = Path(folder) / "adapter_config.json", {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else folder
+    model = AutoModelForCausalLM.from_pretrained(base, **load)
+    if adapters.exists():
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     model.save_pretrained(target)
     if isinstance(tokenizer, spiral.HubTokenizer):
         tokenizer.hf.save_pretrained(target)
