@@ -558,12 +558,12 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
 
 
 def length_buckets(lengths, slack=1.1):
-    """Row numbers in groups whose lengths are within a factor `slack` (and a token) of each other."""
+    """Row numbers in groups whose lengths are within a factor `slack` of each other."""
     buckets, limit = [], 0
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if lengths[row] > limit:
             buckets.append([])
-            limit = int(slack * lengths[row]) + 1
+            limit = slack * lengths[row]
         buckets[-1].append(row)
     return buckets
 
@@ -630,7 +630,8 @@ def micro_batches(groups, budget, share_prefix=True):
 
     batches, room = [], 0
     for group in sorted(itertools.chain(*map(split, groups)), key=lambda group: (len(group.prompt), size(group))):
-        batches, room = (batches + [[]], budget) if size(group) > room else (batches, room)
+        if not batches or size(group) > room or len(group.prompt) > 1.1 * len(batches[-1][0].prompt):        # little padding
+            batches, room = batches + [[]], budget
         batches[-1].append(group)
         room -= size(group)
     for batch in batches:
