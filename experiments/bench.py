@@ -313,8 +313,8 @@ def vocabulary(bench):
     targets = torch.randint(151936, (count,), device=bench.device)
     ways = (lambda: spiral.token_logprobs(policy.model, hidden, targets, 1.0)[0].sum().backward(),
             lambda: spiral.head(policy.model, hidden, 1.0).log_softmax(-1).gather(-1, targets[:, None]).sum().backward())
-    peaks, seconds = [peak_memory(way, bench.device)[1] for way in ways], []
-    while bench.more(seconds, now()):
+    peaks, seconds, began = [peak_memory(way, bench.device)[1] for way in ways], [], now()
+    while bench.more(seconds, began):
         seconds.append([clock(way)[1] for way in ways])
     bench.add(f"log-probs of {count}", row_of(*zip(*seconds), [count] * len(seconds), memory=peaks[0], their_memory=peaks[1]))
     compare_sampling(bench, policy, ["sampling 16"], lambda seed: sample_random(policy, 16, 64, 2, 32, 8, seed))
