@@ -169,7 +169,8 @@ def generate(policy, prompts, lengths, batches):
             return scores
         result = policy.model.generate(
             tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, num_return_sequences=times,
-            max_new_tokens=max(ends.tolist()), eos_token_id=eos, pad_token_id=eos, logits_processor=[stop], return_dict_in_generate=True, output_logits=True)
+            max_new_tokens=max(ends.tolist()), eos_token_id=eos, pad_token_id=eos, logits_processor=[stop], return_dict_in_generate=True,
+            output_logits=len(ends) * max(ends.tolist()) * policy.model.config.vocab_size < 1 << 30)    # more than 4 GB are not worth keeping
         present = torch.arange(result.sequences.shape[1] - width, device=device) < ends[:, None]
         out.append((result.sequences, torch.cat([mask.repeat_interleave(times, 0), present.long()], 1), width, result.logits))
     return out
@@ -182,8 +183,13 @@ def gather(policy, made):
 
 
 def forward(policy, made):
-    """The same by a padded forward."""
-    return [padded_logprobs(policy.model, sequences, mask, width, sequences.shape[1] - width + 1) for sequences, mask, width, _ in made]
+    """The same by padded forwards, of as many rows as have at most 4 GB of logits."""
+    out = []
+    for sequences, mask, width, _ in made:
+        keep = sequences.shape[1] - width + 1
+        rows = max(1, (1 << 30) // (keep * policy.model.config.vocab_size))
+        out += [padded_logprobs(policy.model, s, m, width, keep) for s, m in zip(sequences.split(rows), mask.split(rows))]
+    return out
 
 
 def compare_sampling(bench, policy, names, run, small=True):
@@ -200,7 +206,8 @@ def compare_sampling(bench, policy, names, run, small=True):
         seconds = []                                                                                    # of generate, of the log-probs
         for call in calls:
             made, bare = clock(lambda: generate(*arguments(call), batches))                             # noqa: B023
-            ways = {way.__name__: clock(lambda: way(policy, made))[1] for way in (gather, forward)}     # noqa: B023
+            kept = all(logits is not None for *_, logits in made)
+            ways = {way.__name__: clock(lambda: way(policy, made))[1] for way in ((gather, forward) if kept else (forward,))}        # noqa: B023
             seconds.append((bare, min(ways.values()), min(ways, key=ways.get)))
         runs.append((calls, whole, seconds))
     for i, name in enumerate(names):
