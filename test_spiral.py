@@ -4,6 +4,7 @@ command line, resume. No network, no GPU:  pytest -q"""
 import ast
 import copy
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -1085,3 +1086,33 @@ def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
     code = "import sys, robustness; compared, identical, _ = robustness.kill(5, sys.argv[1]); sys.exit(compared != identical)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(spiral.__file__).parent / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study's numbers
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    return importlib.import_module("plot")
+
+
+def test_the_table_in_the_readme_is_the_one_in_the_raw_files(plot):
+    """Between the README's markers stand lines of `python experiments/plot.py --table`, all or some."""
+    if not (plot.RESULTS / "evaluation.jsonl").exists():
+        pytest.skip("the study has not been run")
+    quoted = (HERE / "README.md").read_text().partition("<!-- study -->")[2].partition("<!-- /study -->")[0]
+    quoted, lines = [line for line in quoted.splitlines() if line.startswith("|")], plot.table().splitlines()
+    assert len(quoted) > 2 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
+
+
+def test_statistics_of_the_study(plot):
+    row = {"evaluation": {"traces": 16}, "counts": {"right": [0, 3, 16]}}
+    expected = [[spiral.pass_at_k(16, c, k) for k in range(1, 17)] for c in row["counts"]["right"]]
+    assert torch.allclose(torch.tensor(plot.pass_curve(row)), torch.tensor(expected, dtype=torch.float64))
+    curve = 1 - torch.linspace(1, 256, 256, dtype=torch.float64).numpy() ** -0.5
+    ours = 1 - (8 * torch.linspace(1, 256, 256, dtype=torch.float64).numpy()) ** -0.5              # ours at k is theirs at 8 k
+    assert plot.factor(curve, ours, 256) == pytest.approx(8) and plot.factor(ours, curve, 256) == pytest.approx(1 / 8)
+    mean, half = plot.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * 2.5 ** 0.5 / 5 ** 0.5)

@@ -167,6 +167,8 @@ def finish(figure, path, legends=()):
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_ylabel().startswith(("accuracy", "pass")):                            # bands of few seeds go beyond
+            axis.set_ylim(max(0, axis.get_ylim()[0]), min(1.02, axis.get_ylim()[1]))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(f"drawn to {path}")
@@ -177,7 +179,7 @@ def axes_of(columns, *titles, height=4.0, rows=1):
     for axis, (title, x, y) in zip(axes.flat, titles):
         axis.set(title=title, xlabel=x, ylabel=y)
         axis.title.set_fontsize(11)
-    return figure, axes.flat
+    return figure, list(axes.flat)
 
 
 def draw_main(folder):
@@ -190,7 +192,7 @@ def draw_main(folder):
     accuracy = lambda run, name: [way[name][1].mean() for way in ways[run]]               # noqa: E731
     numbers = lambda kind: sorted(int(name[len(kind) + 1:]) for name in next(iter(ways.values()))[0] if name.rpartition(" ")[0] == kind)    # noqa: E731
 
-    figure, (left, right) = axes_of(2, ("a right trace among k", "k traces", "pass@k"), ("traces a rival needs, over SPIRAL's, at equal pass@k", "k traces of the rival", "factor"))
+    figure, (left, right) = axes_of(2, ("a right trace among k", "k traces", "pass@k"), ("traces needed, over SPIRAL's, at equal pass@k", "k traces of the rival", "factor"))
     curves = {run: np.array([pass_curve(row).mean(0) for row in rows]) for run, rows in runs.items()}            # [seeds, S]
     k = np.arange(1, next(iter(curves.values())).shape[1] + 1)
     for run in runs:
@@ -201,7 +203,7 @@ def draw_main(folder):
             right.plot(k, np.exp(mean), color=RIVALS[run], label=run)
             right.fill_between(k, np.exp(mean - half), np.exp(mean + half), color=RIVALS[run], alpha=0.18, linewidth=0)
     right.axhline(1, color="black", linewidth=0.8)
-    right.set_yscale("log")
+    right.set_yscale("log", base=2)
     left.set_xscale("log", base=2), right.set_xscale("log", base=2)
     finish(figure, folder / "pass_at_k.png", [left, right])
 
@@ -218,8 +220,9 @@ def draw_main(folder):
             mean, half = interval(np.transpose([accuracy(run, f"{kind} {m}") for m in numbers(kind)]))
             axis.errorbar(numbers(kind), mean, half if len(runs[run]) > 1 else None, fmt="o" + style, color=RIVALS[run], label=text, markersize=3, capsize=2)
         axis.set_xscale("log", base=2)
-        axis.sharey(axes[0])
-    finish(figure, folder / "votes.png", [axes[0]])
+        axis.set_ylim(0, 1)
+        axis.legend(fontsize=7, frameon=False, loc="lower center")
+    finish(figure, folder / "votes.png")
 
     limits, budgets = next(iter(runs.values()))[0]["limits"], np.geomspace(16, 3000, 40)
     figure, (left, right) = axes_of(2, ("one trace, growing token limit", "token limit", "accuracy"), ("best way to spend a budget", "output tokens a problem", "accuracy"))

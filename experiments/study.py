@@ -22,7 +22,6 @@ import collections
 import fcntl
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def make_piece(part, run, seed, tokens, options=(), patch="", task=TASK, evaluat
 def append(path, row):
     """One write, so that processes can share the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(descriptor, (json.dumps(row, separators=(",", ":")) + "\n").encode())
     os.close(descriptor)
 
@@ -172,8 +171,8 @@ def evaluate_piece(piece, checkpoint, folder):
         return int(sum(task.reward(problem, text) for text in texts))
 
     def right_votes(problem, texts, m):
-        """Right majority votes, one for each block of m texts."""
-        answers = [task.answer(text) for text in texts]
+        """Right majority votes, one for each block of m texts. Who answers "none" abstains: else it wins, as right answers differ."""
+        answers = [None if task.answer(text) == "none" else task.answer(text) for text in texts]
         return right(problem, [f"{tasks.ANSWER}{spiral.majority_vote(answers[i:i + m])}" for i in range(0, len(texts), m)])
 
     for start in range(0, len(problems), 25):
@@ -306,11 +305,15 @@ def difficulty_pieces(sizes, results):
 def tune(sizes, results, go):
     """The same learning rates for each; then, at the best of them, search weights for the two that have both terms. One seed, the short
     budget. Score: the mean of pass@16 of the traces and of the accuracy after the last step of RSA, on validation problems."""
+    pieces = []
+
     def scores(trials):
-        """trials: {(algo, options as a tuple)}. The best of each algorithm so far, from all rows."""
-        go([make_piece("tune", " ".join([algo, *options]), 100, sizes["short_tokens"], ["--algo", algo, *options], evaluation=sizes["small"], split="validation")
-            for algo, options in trials])
-        rows, table = {row["run"]: row for row in read(results / "evaluation.jsonl") if row["part"] == "tune"}, {}
+        """trials: (algo, options) pairs. The best options of each algorithm so far."""
+        pieces.extend(make_piece("tune", " ".join([algo, *options]), 100, sizes["short_tokens"], ["--algo", algo, *options], evaluation=sizes["small"],
+                                 split="validation") for algo, options in trials)
+        go(pieces)
+        ids, table = {piece["id"] for piece in pieces}, {}
+        rows = {row["run"]: row for row in read(results / "evaluation.jsonl") if row["id"] in ids}
         for algo in RIVALS:
             mine = {run: row for run, row in rows.items() if row["options"][1] == algo}
             table[algo] = {run: (pass_curve(row)[:, min(16, row["evaluation"]["traces"]) - 1].mean() + np.mean(row["counts"][f"rsa {row['evaluation']['rsa']}"])
