@@ -313,7 +313,7 @@ def draw_difficulty(folder):
     if "base" not in runs:
         return
     order = list(dict.fromkeys(row["task"] for row in runs["base"]))
-    title = lambda task: task.partition(":")[2].replace(",", "\n") or "default"           # noqa: E731
+    title = lambda task: task.replace(":", "\n").replace(",", "\n")          # noqa: E731
     figure, axes = axes_of(2, ("aggregate of 4 traces", "", "accuracy"), ("pass@16 of traces", "", ""))
     for i, run in enumerate(run for run in RIVALS if run in runs):
         for axis, score in zip(axes, (lambda row: procedures(row)[f"tree {row['set_size']}"][1].mean(), lambda row: pass_curve(row)[:, min(16, row["evaluation"]["traces"]) - 1].mean())):

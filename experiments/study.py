@@ -10,7 +10,7 @@ train       the rivals, each seed, until the step that reaches the budget of sam
 evaluate    experiments 1 to 6 on test problems: counts per problem for every way to use a policy
 cross       each rival as searcher x each as aggregator
 ablations   the VARIANTS: trained at the same budget, and evaluated at smaller sizes, as are the references
-difficulty  countdown from easy to hard
+difficulty  countdown from easy to hard, and arithmetic
 noise       experiments/gradient_noise.py, unless its result is there
 
 A piece of work is a process: `spiral.main` until the budget, then an evaluation. A finished piece is a row in training.jsonl or
@@ -58,11 +58,14 @@ VARIANTS = {
     "L_target 32": (["--target-length", "32"], ""),
 }
 
-FULL = {"seeds": 5, "tokens": 400_000, "short_tokens": 200_000, "ablation_seeds": 3, "difficulty_seeds": 1, "variants": len(VARIANTS),
-        "lrs": [1e-4, 2e-4, 3e-4, 5e-4], "weights": [0.03, 0.1, 0.3], "save_every": 10,
-        "tasks": ["countdown:high=15,max_target=60", "countdown:max_target=100", "countdown:high=50,max_target=200", "countdown:numbers=4"],
-        # problems; traces for pass@k; of these, traces for votes and aggregation; steps of recursive self-aggregation
-        "large": {"problems": 100, "traces": 256, "tree": 64, "rsa": 10}, "small": {"problems": 100, "traces": 64, "tree": 16, "rsa": 4}}
+# CPU seconds on one thread of a busy 2-core machine: 55 per 100 000 sampled tokens of spiral and grpo-agg, 28 of grpo; 2.7 per problem
+# of a "large" evaluation of traces of 25 tokens, 0.7 of a "small" one; 5 to start a process
+FULL = {"seeds": 5, "tokens": 300_000, "short_tokens": 120_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+        "first": 5,                                          # so many of VARIANTS get all their seeds before the others start
+        "lrs": [1.5e-4, 3e-4, 6e-4], "weights": [0.03, 0.1, 0.3],
+        "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:high=50,max_target=200", "countdown:numbers=4,max_target=100", "arithmetic"],
+        # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
+        "large": {"problems": 80, "traces": 256, "tree": 64, "rsa": 10}, "small": {"problems": 80, "traces": 64, "tree": 16, "rsa": 4}}
 QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
          "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace; the last is that of all evaluation
@@ -289,12 +292,11 @@ def cross_pieces(sizes, results):
 
 
 def ablation_pieces(sizes, results):
-    """The references too are evaluated at the small sizes: theirs are the policies of the part train."""
-    spiral_options, small, tokens = tuned(results, "spiral"), sizes["small"], sizes["tokens"]
-    return [piece for seed in range(sizes["ablation_seeds"]) for piece in (
-        *(make_piece("ablations", algo, seed, tokens, tuned(results, algo), evaluation=small) for algo in RIVALS),
-        *(make_piece("ablations", run, seed, tokens, spiral_options + options, patch, evaluation=small)
-          for run, (options, patch) in list(VARIANTS.items())[:sizes["variants"]]))]
+    """The references, whose policies are those of the part train, are evaluated at the small sizes too."""
+    mine, tokens, seeds, variants = tuned(results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"]), list(VARIANTS.items())
+    runs = [[(algo, tuned(results, algo), "") for algo in RIVALS],
+            *([(run, mine + options, patch) for run, (options, patch) in block] for block in (variants[:sizes["first"]], variants[sizes["first"]:]))]
+    return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"]) for block in runs for seed in seeds for run, options, patch in block]
 
 
 def difficulty_pieces(sizes, results):
