@@ -215,7 +215,8 @@ def evaluate_piece(piece, checkpoint, folder):
             counts[f"rsa, vote {step}"] += [right_votes(x, texts, config.population) for x, texts in zip(chunk, population)]
             lengths[f"rsa {step}"] += [len(policy.tokenizer.encode(text)) + 1 for texts in population for text in texts]
         print(f"evaluated {start + len(chunk)}/{len(problems)} problems  {time.time() - began[1]:.0f}s", flush=True)
-    (folder / "traces.json").write_text(json.dumps(kept))                                # for the part "cross"
+    if piece["part"] == "evaluate":                          # for the part "cross"
+        (folder / "traces.json").write_text(json.dumps(kept))
     return {**piece, "population": config.population, "set_size": n, "limits": LIMITS, "lengths": {k: round(float(np.mean(v)), 2) for k, v in lengths.items()},
             "cpu_s": round(time.process_time() - began[0], 1), "wall_s": round(time.time() - began[1], 1), "counts": counts}
 
@@ -296,7 +297,8 @@ def ablation_pieces(sizes, results):
     mine, tokens, seeds, variants = tuned(results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"]), list(VARIANTS.items())
     runs = [[(algo, tuned(results, algo), "") for algo in RIVALS],
             *([(run, mine + options, patch) for run, (options, patch) in block] for block in (variants[:sizes["first"]], variants[sizes["first"]:]))]
-    return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"]) for block in runs for seed in seeds for run, options, patch in block]
+    return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"])
+            for block in runs for seed in seeds for run, options, patch in block]
 
 
 def difficulty_pieces(sizes, results):
