@@ -312,7 +312,7 @@ def draw_difficulty(folder):
     runs = load(folder, "difficulty")
     if "base" not in runs:
         return
-    order = list(dict.fromkeys(row["task"] for row in runs["base"]))
+    order = list(dict.fromkeys(row["task"] for row in runs.get("spiral", runs["base"])))
     title = lambda task: task.replace(":", "\n").replace(",", "\n")          # noqa: E731
     figure, axes = axes_of(2, ("aggregate of 4 traces", "", "accuracy"), ("pass@16 of traces", "", ""))
     for i, run in enumerate(run for run in RIVALS if run in runs):
