@@ -4,6 +4,7 @@ command line, resume. No network, no GPU:  pytest -q"""
 import ast
 import copy
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -1546,3 +1547,32 @@ def test_a_full_disk_ends_the_run_in_one_line_with_the_last_checkpoint_whole(err
     assert len(lines) == 1 and "No space left" in lines[0] and spiral.newest_checkpoint(out)[0] == out / "step-2"
     monkeypatch.setattr(spiral, "save_file", real)
     assert run(*RESUMABLE, "--steps", 4, "--save-every", 1, "--out", out) == 0 and results(out) == results(uninterrupted)
+
+
+# The study's numbers
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    return importlib.import_module("plot")
+
+
+def test_the_table_in_the_readme_is_the_one_in_the_raw_files(plot):
+    """Between the README's markers stand lines of `python experiments/plot.py --table`, all or some."""
+    if not (plot.RESULTS / "evaluation.jsonl").exists():
+        pytest.skip("the study has not been run")
+    quoted = (HERE / "README.md").read_text().partition("<!-- study -->")[2].partition("<!-- /study -->")[0]
+    quoted, lines = [line for line in quoted.splitlines() if line.startswith("|")], plot.table().splitlines()
+    assert len(quoted) > 2 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
+
+
+def test_statistics_of_the_study(plot):
+    row = {"evaluation": {"traces": 16}, "counts": {"right": [0, 3, 16]}}
+    expected = [[spiral.pass_at_k(16, c, k) for k in range(1, 17)] for c in row["counts"]["right"]]
+    assert torch.allclose(torch.tensor(plot.pass_curve(row)), torch.tensor(expected, dtype=torch.float64))
+    curve = 1 - torch.linspace(1, 256, 256, dtype=torch.float64).numpy() ** -0.5
+    ours = 1 - (8 * torch.linspace(1, 256, 256, dtype=torch.float64).numpy()) ** -0.5              # ours at k is theirs at 8 k
+    assert plot.factor(curve, ours, 256) == pytest.approx(8) and plot.factor(ours, curve, 256) == pytest.approx(1 / 8)
+    mean, half = plot.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * 2.5 ** 0.5 / 5 ** 0.5)

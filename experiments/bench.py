@@ -277,7 +277,8 @@ def rollout(bench):
     problems = task.problems("train", 1000, 0)
 
     def run(seed):
-        records[:] = spiral.rollout(policy, task, problems[count * seed:count * (seed + 1)], config, torch.Generator().manual_seed(seed))
+        records[:] = spiral.rollout(policy, task, problems[count * seed:count * (seed + 1)], config,
+                                    [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)])
     compare_sampling(bench, policy, ["search", "aggregation"], run)
     groups = [spiral.Group(g.prompt, g.samples[g.advantages != 0], g.advantages[g.advantages != 0]) for r in records for g in r["groups"]]
     compare_update(bench, policy, "update", [group for group in groups if len(group.advantages)])
