@@ -784,7 +784,7 @@ def collect(policy, task, problems, cursor, config):
     drawn). Each process takes every `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
     records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
     while found < config.problems and cursor < limit:
-        end = min(cursor + config.problems - found, limit)
+        end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
         if mine := range(cursor + rank, end, processes):
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
             records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
