@@ -61,9 +61,9 @@ class Config:
     balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
     estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
                             ("leave-one-out", "published"))
-    search_weight: float = option(0.1, "weight of the search term; 1 is the exact joint gradient", low=0)
+    search_weight: float = option(0.05, "weight of the search term; 1 is the exact joint gradient", low=0)
     # Training
-    steps: int = option(60, "training steps; 0: evaluate only", low=0)
+    steps: int = option(40, "training steps; 0: evaluate only", low=0)
     problems: int = option(16, "problems per step with an advantage that is not zero")
     max_draws: int = option(2, "draw at most this many times `problems` to find them; 1: take the batch as it comes")
     train_problems: int = option(8000, "distinct training problems; shuffled anew each time they are used up")
@@ -71,13 +71,13 @@ class Config:
     clip: float = option(0.2, "the importance ratio is clipped to [1 - clip, 1 + clip]; it matters when updates > 1")
     kl: float = option(0.0, "weight of the KL divergence from the start policy", low=0)
     target_length: int = option(0, "L_target: a longer completion gets no positive advantage; 0: off", low=0)
-    lr: float = option(3e-4, "learning rate (AdamW, constant after a linear warm-up)")
+    lr: float = option(2e-4, "learning rate (AdamW, constant after a linear warm-up)")
     warmup: int = option(5, "steps of linear warm-up", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     temperature: float = option(1.0, "of all sampling in training, and of the log-probs in the loss")
     max_prompt_tokens: int = option(1024, "aggregation prompts are cut to this; a longer problem is an error")
-    max_trace_tokens: int = option(64, "longest search trace")
-    max_aggregation_tokens: int = option(80, "longest aggregation trace")
+    max_trace_tokens: int = option(80, "longest search trace")
+    max_aggregation_tokens: int = option(96, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
     dtype: str = option("auto", "of the weights; bf16 ones are trained through fp32 copies. auto: bf16 for your own model on a GPU",
@@ -90,7 +90,7 @@ class Config:
     eval_traces: int = option(16, "traces per held-out problem; a multiple of set_size")
     rsa_steps: int = option(2, "steps of recursive self-aggregation in the evaluation", low=0)
     population: int = option(8, "population of recursive self-aggregation")
-    save_every: int = option(20, "steps between checkpoints; the last two are kept")
+    save_every: int = option(10, "steps between checkpoints; the last two are kept")
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
     ask: str = option("", "answer this question with the whole pipeline, and stop: \"3 5 7 26\" to reach 26 with 3, 5 and 7")
 
