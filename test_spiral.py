@@ -1567,6 +1567,13 @@ def test_the_table_in_the_readme_is_the_one_in_the_raw_files(plot):
     assert len(quoted) > 2 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
 
 
+def test_the_readme_quotes_the_default_runs_as_their_raw_files_have_them(plot):
+    runs = sorted((HERE / "experiments" / "results" / "default").glob("seed-*"))
+    quoted = (HERE / "README.md").read_text().partition("<!-- default -->")[2].partition("<!-- /default -->")[0]
+    quoted, lines = [line for line in quoted.splitlines() if line.startswith("|")], plot.runs_table(runs).splitlines()
+    assert len(runs) == 3 and len(quoted) > 5 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
+
+
 def test_statistics_of_the_study(plot):
     row = {"evaluation": {"traces": 16}, "counts": {"right": [0, 3, 16]}}
     expected = [[spiral.pass_at_k(16, c, k) for k in range(1, 17)] for c in row["counts"]["right"]]

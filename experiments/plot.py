@@ -337,6 +337,17 @@ def draw_study(folder):
 # ---- Curves of any runs ---------------------------------------------------------------------------------------------
 
 
+def runs_table(runs):
+    """Before and after of several runs of one command, seeds apart, in markdown: mean, and the range over seeds."""
+    before, after = ([[row for row in read(Path(run) / "evaluation.jsonl") if row["policy"] == name][-1] for run in runs] for name in ("before", "after"))
+    lines = ["| held-out | before | after | change | " + " | ".join(Path(run).name for run in runs) + " |", "|---" * (4 + len(runs)) + "|"]
+    for key in [key for key in before[0] if key not in ("policy", "step", "split")]:
+        old, new = [row[key] for row in before], [row[key] for row in after]
+        cells = [f"{np.mean(old):.3f}", f"{np.mean(new):.3f}", f"{np.mean(new) - np.mean(old):+.3f}", *(f"{b - a:+.3f}" for a, b in zip(old, new))]
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw_runs(runs, out):
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for run in runs:
@@ -371,10 +382,10 @@ def main():
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none: the study")
     parser.add_argument("--out", default="curves.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="raw files of the study, and its figures")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print it in markdown, instead of drawing")
     args = parser.parse_args()
     if args.runs:
-        return draw_runs(args.runs, args.out)
+        return print(runs_table(args.runs)) if args.table else draw_runs(args.runs, args.out)
     if not (args.results / "evaluation.jsonl").exists():
         raise SystemExit(f"{args.results} holds no evaluation.jsonl: run experiments/study.py first, or name folders of runs")
     print(table(args.results)) if args.table else draw_study(args.results)
