@@ -1313,10 +1313,12 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(stand_in, monkeypa
         signal.signal(signal.SIGUSR1, previous)
 
 
-def test_threads_get_the_replies_to_their_own_questions(stand_in):
+def test_threads_share_a_worker_and_get_the_replies_to_their_own_questions(stand_in, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a) or start(*a, **k))
     with ThreadPoolExecutor(8) as pool:
         rewards = list(pool.map(lambda i: MATH.reward(math_problem("2x"), r"\boxed{x+x}" if i % 3 == 0 else rf"\boxed{{x-{i}x}}"), range(300)))
-    assert rewards == [float(i % 3 == 0) for i in range(300)]
+    assert rewards == [float(i % 3 == 0) for i in range(300)] and len(started) == 1
 
 
 def test_without_the_library_it_says_so_once_and_compares_text(no_library, capfd):
