@@ -1131,7 +1131,7 @@ def library(tmp_path, monkeypatch):
 
 
 STAND_IN = r"""
-import mmap, os, time
+import mmap, os, sympy, time
 LatexExtractionConfig = dict
 def parse(text, config, parsing_timeout):
     assert parsing_timeout is None          # its own limit works in the main thread only
@@ -1146,6 +1146,8 @@ def verify(right, answer, timeout_seconds):
     if answer == "exit": os._exit(0)
     if answer == "raise": raise RuntimeError
     if answer == "fill": mmap.mmap(-1, 8 << 30)
+    if answer == "code": return bool(sympy.sympify("str(__import__('os'))"))
+    if answer == "numbers": return sympy.Number("12") == 12 and sympy.Number("0.5") == 0.5
     return [right, answer] in ([r"\frac{1}{2}+x", "x+0.5"], ["2x", "x+x"])
 """
 
@@ -1191,7 +1193,7 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path):
 def test_math_needs_its_file_and_only_math_takes_one(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", math_row())
     for name, data in (("math", ""), ("countdown", path), ("arithmetic", path), ("math:high=3", path), ("chess", path)):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="--data" if name in ("math", "countdown", "arithmetic") else name) as error:
             tasks.make_task(name, data)
         assert name.partition(":")[0] in str(error.value) and len(str(error.value).splitlines()) == 1
     with pytest.raises(OSError):
@@ -1274,7 +1276,7 @@ def test_an_answer_is_its_own_answer(no_library):
             assert MATH.reward(math_problem(vote), rf"\boxed{{{body}}}") == MATH.reward(math_problem(body), f"Answer: {vote}") == 1.0
             seen += 1
     assert seen > 3000
-    for body in ("0." + "0" * 150 + "1", "9" * 200, "1/" + "9" * 198, "1" + ",000" * 49):
+    for body in ("0." + "0" * 150 + "1", "9" * 199, "1/" + "9" * 197, "1" + ",000" * 49):
         vote = MATH.answer(rf"\boxed{{{body}}}")
         assert MATH.answer(f"Answer: {vote}") == vote                       # short enough to be read again
 
@@ -1294,6 +1296,10 @@ def test_the_time_limit_holds_from_a_thread_and_the_next_call_works(answer, stan
     thread.start()
     thread.join(30)                          # a machine under load takes seconds to start a process
     assert (rewards, died) == ([0.0, 1.0], [True])
+
+
+def test_in_the_worker_sympy_reads_numbers_and_no_code(stand_in):
+    assert MATH.reward(math_problem("x"), r"\boxed{numbers}") == 1.0 and MATH.reward(math_problem("x"), r"\boxed{code}") == 0.0
 
 
 def test_a_worker_killed_by_others_starts_again(stand_in):
