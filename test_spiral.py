@@ -1146,7 +1146,7 @@ def verify(right, answer, timeout_seconds):
     if answer == "exit": os._exit(0)
     if answer == "raise": raise RuntimeError
     if answer == "fill": mmap.mmap(-1, 8 << 30)
-    if answer == "code": return bool(sympy.sympify("str(__import__('os'))"))
+    if answer == "code": return sympy.sympify("().__class__.__name__.__len__()") == 5
     if answer == "numbers": return sympy.Number("12") == 12 and sympy.Number("0.5") == 0.5
     return [right, answer] in ([r"\frac{1}{2}+x", "x+0.5"], ["2x", "x+x"])
 """
@@ -1276,7 +1276,7 @@ def test_an_answer_is_its_own_answer(no_library):
             assert MATH.reward(math_problem(vote), rf"\boxed{{{body}}}") == MATH.reward(math_problem(body), f"Answer: {vote}") == 1.0
             seen += 1
     assert seen > 3000
-    for body in ("0." + "0" * 150 + "1", "9" * 199, "1/" + "9" * 197, "1" + ",000" * 49):
+    for body in ("0." + "0" * 100 + "9" * 90, "9" * 199, "1/" + "9" * 197, "1" + ",000" * 49):
         vote = MATH.answer(rf"\boxed{{{body}}}")
         assert MATH.answer(f"Answer: {vote}") == vote                       # short enough to be read again
 
