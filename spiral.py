@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
@@ -46,18 +47,17 @@ def option(default, text, choices=None, low=None):
 class Config:
     algo: str = option("spiral", "spiral; grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral",
                        ("spiral", "grpo", "grpo-agg"))
-    task: str = option("countdown", 'countdown or arithmetic, with options: "countdown:numbers=4,high=30"')
+    task: str = option("countdown", 'countdown, arithmetic or math, with options: "countdown:numbers=4,high=30"')
+    data: str = option("", 'problems of --task math: a JSONL of {"problem": ..., "answer": ...}')
     model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
     out: str = option("", "folder of the run; default runs/ALGO-TASK-SEED. One that holds an unfinished run is resumed")
     seed: int = option(0, "fixes problems, traces and sets", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    threads: int = option(0, "CPU threads; 0: PyTorch's choice", low=0)
     # The four sizes, and the estimator (paper.md sections 2 to 5)
     num_traces: int = option(8, "N1: search traces per problem")
     set_size: int = option(4, "n: traces in a set")
     num_sets: int = option(4, "K: sets per problem")
     num_aggregations: int = option(4, "N2: aggregation traces per set")
-    group_size: int = option(0, "grpo: traces per problem; 0: num_traces + num_sets * num_aggregations, the same budget", low=0)
     balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
     estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
                             ("leave-one-out", "published"))
@@ -80,7 +80,11 @@ class Config:
     max_aggregation_tokens: int = option(80, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
-    # Evaluation and records
+    dtype: str = option("auto", "of the weights; bf16 ones are trained through fp32 copies. auto: bf16 for your own model on a GPU",
+                        ("auto", "fp32", "bf16"))
+    lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
+    keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
+    # Evaluation, use and records
     eval_problems: int = option(200, "held-out problems of the table before and after; 0: no evaluation", low=0)
     eval_split: str = option("test", "test, or validation for choosing settings", ("test", "validation"))
     eval_traces: int = option(16, "traces per held-out problem; a multiple of set_size")
@@ -88,6 +92,7 @@ class Config:
     population: int = option(8, "population of recursive self-aggregation")
     save_every: int = option(20, "steps between checkpoints; the last two are kept")
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
+    ask: str = option("", "answer this question with the whole pipeline, and stop: \"3 5 7 26\" to reach 26 with 3, 5 and 7")
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
@@ -97,12 +102,10 @@ class Config:
                 raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(choices)}")
             if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 if low is None else value >= low)):
                 raise ValueError(f"--{flag(f.name)} {value}: must be {'above 0' if low is None else f'at least {low}'}")
-        least = {"grpo": {"group_size": self.group()}, "grpo-agg": {"num_traces": self.num_traces, "num_aggregations": self.num_aggregations},
-                 "spiral": {"num_sets": self.num_sets, "num_aggregations": self.num_aggregations}}[self.algo]
         distinct = math.comb(self.num_traces, self.set_size)
-        for name, size in least.items():
-            if size < 2:
-                raise ValueError(f"--{flag(name)} {size}: the baseline of one is the mean of the others; use at least 2")
+        for name in {"grpo": (), "grpo-agg": ("num_traces", "num_aggregations"), "spiral": ("num_sets", "num_aggregations")}[self.algo]:
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: the baseline of one is the mean of the others; use at least 2")
         for bad, text in (
                 (self.set_size > self.num_traces, f"--set-size {self.set_size} is more than --num-traces {self.num_traces}"),
                 (self.num_sets > distinct, f"--num-sets {self.num_sets}: {self.num_traces} traces have only {distinct} distinct sets of {self.set_size}"),
@@ -116,9 +119,6 @@ class Config:
                 raise ValueError(text)
         pick_device(self.device)
 
-    def group(self):
-        return self.group_size or self.num_traces + self.num_sets * self.num_aggregations
-
 
 def flag(name):
     return name.replace("_", "-")
@@ -127,11 +127,23 @@ def flag(name):
 def pick_device(name):
     """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
     try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name if name != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def world():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """The sum over the processes of torchrun, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ---- Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs. -----------------
@@ -206,18 +218,29 @@ class Policy:
 def load_tokenizer(config):
     """(path, settings, tokenizer) of config.model, without its weights."""
     path = TINY if config.model == "tiny" else config.model
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    adapters = Path(path) / "adapter_config.json"           # a checkpoint of a LoRA run holds these alone
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
+    settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
     return path, settings, TinyTokenizer() if tiny else HubTokenizer(path)
 
 
 def load_policy(config):
-    """The policy named by config.model, in fp32. Raises ValueError or OSError when there is none."""
+    """The policy named by config.model; with config.lora_rank its weights are frozen and adapters of that rank are trained. Raises
+    ValueError or OSError when there is none."""
     (path, _, tokenizer), device = load_tokenizer(config), pick_device(config.device)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
-                                                 trust_remote_code=False)
+    auto = "bf16" if device.type == "cuda" and isinstance(tokenizer, HubTokenizer) else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype if config.dtype != "auto" else auto]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_rank:
+        from peft import LoraConfig
+        if not getattr(model, "peft_config", None):          # a checkpoint of a LoRA run brings its own
+            torch.manual_seed(config.seed)                   # the same adapters in every process
+            model.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "lora_" in name
     for parameter in model.parameters():                    # fresh memory: views into a file may be aligned otherwise, and then
         parameter.data = parameter.data.clone()             # a resumed run rounds otherwise
     probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
@@ -302,6 +325,13 @@ class SlotLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
 
 
+def cache_bytes(settings, itemsize):
+    """Of one token's keys and values in all layers."""
+    text = settings.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width * itemsize
+
+
 def draw_tokens(logits, uniforms, greedy):
     """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
     A row's randomness is thus its own: what is sampled doesn't depend on which rows share its batch."""
@@ -317,16 +347,16 @@ def draw_tokens(logits, uniforms, greedy):
 def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
     """Sample `num_samples` completions of each prompt (a list of token lists); rows come in prompt-major order.
 
-    temperature 0 is greedy. max_rows: rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`.
-    Raises ValueError for an empty prompt.
+    temperature 0 is greedy. max_rows: rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`: one, or a
+    list of one for each prompt, which makes a prompt's samples independent of the others. Raises ValueError for an empty prompt.
     """
     model, device = policy.model, policy.device
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt, and a token in each")
     total, longest_prompt = len(prompts) * num_samples, max(map(len, prompts))
     trash = max_new_tokens                                   # finished rows run on until the next look; they write here
-    uniforms = torch.rand(total, max_new_tokens + 1, generator=generator, dtype=torch.float64,
-                          device=generator.device if generator else "cpu").to(device)
+    uniforms = torch.cat([torch.rand(num_samples, max_new_tokens + 1, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
+                          for g in (generator if isinstance(generator, list) else [generator] * len(prompts))]).to(device)
     tokens = torch.full((total, max_new_tokens + 1), policy.tokenizer.eos_id, device=device)
     logprobs = torch.zeros(total, max_new_tokens + 1, device=device)
     eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
@@ -334,10 +364,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     for i, prompt in enumerate(prompts):
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
-    settings = model.config.get_text_config()
-    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    row_bytes = 2 * settings.num_hidden_layers * heads * width * model.dtype.itemsize * (longest_prompt + max_new_tokens)
+    row_bytes = cache_bytes(model.config, model.dtype.itemsize) * (longest_prompt + max_new_tokens)
     memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
     slots = min(total, max_rows or max(1, memory // row_bytes))
     cache, look_every = None, 1 if device.type == "cpu" else 8           # a look at which rows are done waits for the GPU
@@ -512,6 +539,9 @@ class Group:
     samples: Samples             # [G, T]
     advantages: torch.Tensor     # [G]
 
+    def __getitem__(self, rows):
+        return Group(self.prompt, self.samples[rows], self.advantages[rows])
+
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     """Log-probs of `targets` [M] and entropies, both [M] fp32, from hidden states [M, d], a chunk of logits at a time:
@@ -528,12 +558,12 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
 
 
 def length_buckets(lengths, slack=1.1):
-    """Row numbers in groups whose lengths are within a factor `slack` (and a token) of each other."""
+    """Row numbers in groups whose lengths are within a factor `slack` of each other."""
     buckets, limit = [], 0
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if lengths[row] > limit:
             buckets.append([])
-            limit = int(slack * lengths[row]) + 1
+            limit = slack * lengths[row]
         buckets[-1].append(row)
     return buckets
 
@@ -588,13 +618,20 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     return -(surrogate * mask).sum()
 
 
-def micro_batches(groups, budget):
-    """Groups of like prompts together, at most `budget` tokens each (one group at the least), stacked: yields prompts (lists),
-    owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
-    size = lambda group: len(group.prompt) + int(group.samples.mask.sum())               # noqa: E731
+def micro_batches(groups, budget, share_prefix=True):
+    """Groups of like prompts together, at most `budget` tokens each, stacked; a larger group is split, down to one completion.
+    Yields prompts (lists), owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
+    def size(group):
+        return len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())
+
+    def split(group):
+        half = len(group.advantages) // 2
+        return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
+
     batches, room = [], 0
-    for group in sorted(groups, key=lambda group: (len(group.prompt), size(group))):
-        batches, room = (batches + [[]], budget) if size(group) > room else (batches, room)
+    for group in sorted(itertools.chain(*map(split, groups)), key=lambda group: (len(group.prompt), size(group))):
+        if not batches or size(group) > room or len(group.prompt) > 1.1 * len(batches[-1][0].prompt):        # little padding
+            batches, room = batches + [[]], budget
         batches[-1].append(group)
         room -= size(group)
     for batch in batches:
@@ -605,34 +642,48 @@ def micro_batches(groups, budget):
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
 
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(model, config):
+    """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
+    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
-    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems` is the one
+    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one
     denominator of the whole batch, so the gradient doesn't depend on the micro-batches. Completions without an advantage
     contribute nothing and are left out. NaN or inf never reaches the weights: the step is skipped."""
-    if start_model is None:
-        groups = [Group(g.prompt, g.samples[g.advantages != 0], g.advantages[g.advantages != 0]) for g in groups]
-    groups, completions = [group for group in groups if len(group.advantages)], sum(len(group.advantages) for group in groups)
-    stats = {"loss": 0.0, "grad_norm": 0.0, "logprob_difference": 0.0, "trained_tokens": 0, "skipped": 0}
-    budget, parameters = config.micro_batch_tokens, [p for p in policy.model.parameters() if p.requires_grad]
-    for module in policy.model.modules():                    # the model stays in eval mode: no dropout, as in the sampler
+    if not config.kl:
+        groups = [group[group.advantages != 0] for group in groups]
+    groups = [group for group in groups if len(group.advantages)]
+    completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
+    budget, model, masters = config.micro_batch_tokens, policy.model, optimizer.param_groups[0]["params"]
+    for module in model.modules():                           # the model stays in eval mode: no dropout, as in the sampler
         module.training = config.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
-    while groups:
+    while True:
         optimizer.zero_grad(set_to_none=True)
-        stats.update(loss=0.0, logprob_difference=0.0, trained_tokens=0)
+        model.zero_grad(set_to_none=True)
+        loss_sum = tokens_sum = difference = 0.0
         try:
-            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget):
+            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget, not config.gradient_checkpointing):
                 inputs = (prompts, owner, tokens, mask, config.temperature, not config.gradient_checkpointing)
-                logprobs, _ = completion_logprobs(policy.model, *inputs)
+                logprobs, _ = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
-                if start_model is not None:                   # unbiased, non-negative estimate of KL(policy || start)
+                if config.kl:                                 # unbiased, non-negative estimate of KL(policy || start)
                     with torch.no_grad():
                         start_logprobs = completion_logprobs(start_model, *inputs)[0]
                     log_ratio = start_logprobs - logprobs
                     loss = loss + config.kl * ((log_ratio.exp() - log_ratio - 1) * mask).sum() * num_problems / completions
                 (loss / num_problems).backward()
-                stats["loss"] += loss.item() / num_problems
-                stats["trained_tokens"] += int(mask.sum())
-                stats["logprob_difference"] = max(stats["logprob_difference"], (logprobs - old_logprobs).abs().max().item())
+                for parameter, master in zip(trained(model), masters):
+                    if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
+                        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
+                        parameter.grad = None
+                loss_sum, tokens_sum = loss_sum + loss.item() / num_problems, tokens_sum + int(mask.sum())
+                difference += (logprobs - old_logprobs).abs().sum().item()
             break
         except torch.OutOfMemoryError:
             budget //= 2
@@ -641,15 +692,21 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
             print(f"out of memory: going on with --micro-batch-tokens {budget}", flush=True)
             config.micro_batch_tokens = budget
             torch.cuda.empty_cache()
-    policy.model.eval()
-    if groups:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        finite = math.isfinite(norm) and math.isfinite(stats["loss"])
-        stats |= {"grad_norm": norm} if finite else {"loss": 0.0, "skipped": 1}
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return stats
+    model.eval()
+    for master in masters if dist.is_initialized() else ():
+        master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        add_up(master.grad)
+    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
+    loss, tokens, difference = add_up(torch.tensor([loss_sum, tokens_sum, difference], dtype=torch.float64)).tolist()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite and completions:
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(trained(model), masters):
+                parameter.copy_(master)
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
+            "trained_tokens": int(tokens), "skipped": int(not finite)}
 
 
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages -----------------------------------
@@ -670,6 +727,8 @@ def search(policy, task, problems, config, num_samples, generator):
 
 def aggregate(policy, task, problems, sets, config, num_samples, generator):
     """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]. -> (prompts, Samples, texts)."""
+    if not config.keep_thinking:                             # what comes before the end of a thought is hidden from the aggregator
+        sets = [[text.rpartition("</think>")[2] for text in texts] for texts in sets]
     prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts, config.max_prompt_tokens) for problem, texts in zip(problems, sets)]
     return prompts, *sample_texts(policy, prompts, config.max_aggregation_tokens, config, num_samples, generator)
 
@@ -679,9 +738,11 @@ def rewards_of(task, problems, texts, device=None):
     return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
 
 
-def rollout(policy, task, problems, config, generator):
-    """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people."""
-    device, num_traces = policy.device, config.group() if config.algo == "grpo" else config.num_traces
+def rollout(policy, task, problems, config, generators):
+    """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people. One generator
+    a problem: what it samples doesn't depend on the batch, nor on the process that samples it."""
+    device = policy.device
+    num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
 
     def groups_of(prompts, samples, advantages):
         """advantages [prompts, G]; L_target: a longer completion gains nothing."""
@@ -689,15 +750,15 @@ def rollout(policy, task, problems, config, generator):
         advantages = torch.where((lengths > (config.target_length or math.inf)) & (advantages > 0), 0.0, advantages)
         return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
 
-    prompts, samples, traces = search(policy, task, problems, config, num_traces, generator)
+    prompts, samples, traces = search(policy, task, problems, config, num_traces, generators)
     trace_rewards = rewards_of(task, problems, traces, device)                            # [P, N1]; spiral only reports them
     records = [{"problem": x, "traces": texts, "trace_rewards": r} for x, texts, r in zip(problems, traces, trace_rewards)]
     credit = grpo_advantages(trace_rewards)                                               # [P, N1]
     if config.algo != "grpo":
-        sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, generator, config.balanced) for _ in problems])
-        owners = [problem for problem in problems for _ in range(config.num_sets)]        # P * K of them
+        sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, g, config.balanced) for g in generators])       # [P, K, n]
+        owners, their = ([x for x in row for _ in range(config.num_sets)] for row in (problems, generators))                      # [P * K]
         chosen = [[texts[j] for j in s] for texts, drawn in zip(traces, sets.tolist()) for s in drawn]
-        set_prompts, set_samples, texts = aggregate(policy, task, owners, chosen, config, config.num_aggregations, generator)
+        set_prompts, set_samples, texts = aggregate(policy, task, owners, chosen, config, config.num_aggregations, their)
         rewards = rewards_of(task, owners, texts, device).view(len(problems), config.num_sets, -1)                       # [P, K, N2]
         if config.algo == "spiral":
             credit = search_advantages(rewards, sets.to(device), num_traces, config.balanced, config.estimator)
@@ -711,40 +772,48 @@ def rollout(policy, task, problems, config, generator):
     return records
 
 
-def collect(policy, task, problem_at, cursor, config, generator):
-    """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times
-    that number. Returns (all records, those to train on, the cursor behind the last problem drawn)."""
-    records, useful = [], []
-    while len(useful) < config.problems and len(records) < config.max_draws * config.problems:
-        count = min(config.problems - len(useful), config.max_draws * config.problems - len(records))
-        new = rollout(policy, task, [problem_at(cursor + i) for i in range(count)], config, generator)
-        useful += [record for record in new if any((group.advantages != 0).any() for group in record["groups"])]
-        records, cursor = records + new, cursor + count
-    return records, useful, cursor
+def problem_at(problems, seed, i):
+    """The i-th problem of an endless stream, shuffled anew each time through."""
+    epoch, place = divmod(i, len(problems))
+    return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
+
+
+def collect(policy, task, problems, cursor, config):
+    """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times that
+    number. Returns (all records, those to train on, how many these are over all processes, the cursor behind the last problem
+    drawn). Each process takes every `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
+    records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
+    while found < config.problems and cursor < limit:
+        end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
+        if mine := range(cursor + rank, end, processes):
+            generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
+            records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
+        useful, cursor = [record for record in records if any((group.advantages != 0).any() for group in record["groups"])], end
+        found = int(add_up(torch.tensor(len(useful))))
+    return records, useful, found, cursor
 
 
 def statistics(task, records, useful, config):
-    """What a step looks like, over all problems drawn. Rates and means are per completion; lengths in tokens."""
+    """What a step looks like, over all problems drawn, in all processes. Rates and means are per completion; lengths in tokens."""
     final = [record["rewards" if "rewards" in record else "trace_rewards"] for record in records]
     texts = [text for r in records for text in (itertools.chain(*r["aggregations"]) if "rewards" in r else r["traces"])]
-    roles = {"search": [r["groups"][0].samples for r in records], "aggregation": [g.samples for r in records for g in r["groups"][1:]]}
-    stats = {"answer_reward": torch.cat([x.flatten() for x in final]).mean().item(),
-             "trace_reward": torch.cat([record["trace_rewards"] for record in records]).mean().item(),
-             "drawn_problems": len(records), "useful_problems": len(useful),
-             "all_right": sum(bool((x == 1).all()) for x in final) / len(final),
-             "all_wrong": sum(bool((x == 0).all()) for x in final) / len(final),
-             "no_answer": sum(task.answer(text) is None for text in texts) / len(texts), "sampled_tokens": 0}
-    for role, samples in roles.items():
-        if samples:
-            lengths = torch.cat([s.mask.sum(-1) for s in samples]).float()
-            stats |= {f"{role}_length": lengths.mean().item(),
-                      f"{role}_entropy": -sum(s.logprobs.sum().item() for s in samples) / lengths.sum().item(),    # E[-log pi]
-                      f"{role}_truncated": sum(s.truncated.sum().item() for s in samples) / len(lengths)}
-            stats["sampled_tokens"] += int(lengths.sum())
-    if roles["aggregation"]:        # a prompt that was cut fills its room to within a token for each candidate
-        prompts = [group.prompt for record in records for group in record["groups"][1:]]
-        stats["prompts_at_limit"] = sum(len(prompt) > config.max_prompt_tokens - config.set_size for prompt in prompts) / len(prompts)
-    return stats
+    traces = [record["trace_rewards"] for record in records]
+    over = lambda tensors, f: (float(sum(f(x) for x in tensors)), sum(x.numel() for x in tensors))                    # noqa: E731
+    rates = {"answer_reward": over(final, torch.sum), "trace_reward": over(traces, torch.sum),
+             "all_right": (sum(bool((x == 1).all()) for x in final), len(final)), "all_wrong": (sum(bool((x == 0).all()) for x in final), len(final)),
+             "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
+    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefilled_tokens": 0}
+    for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
+        groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
+        tokens, rows = sum(int(g.samples.mask.sum()) for g in groups), sum(len(g.advantages) for g in groups)
+        rates |= {f"{role}_length": (tokens, rows), f"{role}_truncated": (sum(int(g.samples.truncated.sum()) for g in groups), rows),
+                  f"{role}_entropy": (-sum(g.samples.logprobs.sum().item() for g in groups), tokens)}                  # E[-log pi]
+        counts["sampled_tokens"] += tokens
+        counts["prefilled_tokens"] += sum(len(g.prompt) for g in groups)
+        if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
+            rates["prompts_at_limit"] = (sum(len(g.prompt) > config.max_prompt_tokens - config.set_size for g in groups), len(groups))
+    sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))
+    return {key: above / max(below, 1) for key, (above, below) in zip(rates, sums.tolist())} | dict(zip(counts, totals.tolist()))
 
 
 def transcript(task, record):
@@ -797,18 +866,30 @@ def recursive_self_aggregation(policy, task, problems, config, population=None, 
     return history
 
 
+def solve(policy, task, problem, config, generator=None, show=print):
+    """The pipeline as a tool: `population` traces, then `rsa_steps` of recursive self-aggregation, then a vote. Returns the answer
+    (None: there is none); `show` is called with a line of progress after each."""
+    texts = search(policy, task, [problem], config, config.population, generator)[2]
+    for step in range(config.rsa_steps + 1):
+        if step:
+            texts = recursive_self_aggregation(policy, task, [problem], config, texts, 1, generator)[-1]
+        votes = Counter(task.answer(text) or "no answer" for text in texts[0])
+        show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
+    return majority_vote(map(task.answer, texts[0]))
+
+
 def evaluate(policy, task, problems, config, seed=0):
-    """Held-out accuracy of each way to use the policy, all at config.temperature; returns a flat dict of numbers."""
-    generator, n = torch.Generator().manual_seed(seed), config.set_size
+    """Held-out accuracy of each way to use the policy, all at config.temperature: (a flat dict of numbers, a record of each problem)."""
+    generator, n, per = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces // config.set_size
     _, samples, traces = search(policy, task, problems, config, config.eval_traces, generator)
     rewards = rewards_of(task, problems, traces)                                          # [P, S]
     scores = {f"pass@{k}": float(np.mean([pass_at_k(config.eval_traces, int(c), k) for c in rewards.sum(1).tolist()]))
               for k in (2 ** i for i in range(config.eval_traces.bit_length()))}
     votes = [[majority_vote([task.answer(text) for text in texts])] for texts in traces]
     scores[f"majority@{config.eval_traces}"] = rewards_of(task, problems, [[f"{tasks.ANSWER}{vote}"] for (vote,) in votes]).mean().item()
-    owners = [problem for problem in problems for _ in range(config.eval_traces // n)]
+    owners = [problem for problem in problems for _ in range(per)]
     sets = [texts[i:i + n] for texts in traces for i in range(0, config.eval_traces, n)]
-    flat = aggregate(policy, task, owners, sets, config, 1, generator)[2]
+    _, answers, flat = aggregate(policy, task, owners, sets, config, 1, generator)
     right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
     scores |= {f"aggregate@{n}": right.mean().item(), "hopeless sets": hopeless.float().mean().item(),
                "emergent": (right * hopeless).sum().item() / max(1, int(hopeless.sum()))}       # right from a set with no right trace
@@ -816,22 +897,13 @@ def evaluate(policy, task, problems, config, seed=0):
     scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
     lengths = samples.mask.sum(-1).float()
     return scores | {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
-                     "trace truncated": samples.truncated.float().mean().item()}
+                     "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}, [
+        {"prompt": task.prompt(problem), "traces": texts, "trace_rewards": row, "aggregations": [text for (text,) in flat[i * per:(i + 1) * per]],
+         "rewards": right[i * per:(i + 1) * per].tolist()} for i, (problem, texts, row) in enumerate(zip(problems, traces, rewards.tolist()))]
 
 
 # ---- Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is ----
 # a function of (seed, step), so there are no random states to keep.
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def flush(*paths):
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def save_checkpoint(folder, state, policy, optimizer):
@@ -842,13 +914,17 @@ def save_checkpoint(folder, state, policy, optimizer):
     if isinstance(policy.tokenizer, HubTokenizer):          # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
     moments = {f"{i}.{name}": value.contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    save_file(moments, aside / "optimizer.safetensors")
-    sums = {path.name: digest(path) for path in sorted(aside.iterdir())}
+    masters = {f"{i}.master": m.detach() for i, m in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
+    save_file(moments | masters, aside / "optimizer.safetensors")
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
-    flush(*aside.iterdir(), aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    flush(folder.parent)
+    for path in (*aside.iterdir(), aside, folder.parent):    # the last one holds the new name
+        if path == folder.parent:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def checkpoints(out):
@@ -861,7 +937,7 @@ def newest_checkpoint(out):
     for folder in checkpoints(out):
         try:
             state = json.loads((folder / "state.json").read_text())
-            torn = [name for name, value in state["sha256"].items() if digest(folder / name) != value]
+            torn = [name for name, value in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != value]
         except (OSError, ValueError, KeyError, TypeError) as error:
             torn = [f"state.json ({type(error).__name__})"]
         if not torn:
@@ -871,25 +947,20 @@ def newest_checkpoint(out):
 
 
 def load_optimizer(optimizer, folder):
-    saved, state = load_file(folder / "optimizer.safetensors"), {}
-    for name, value in saved.items():
+    saved, masters = {}, optimizer.param_groups[0]["params"]
+    for name, value in load_file(folder / "optimizer.safetensors").items():
         index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if key == "master":
+            masters[int(index)].data.copy_(value)
+        else:
+            saved.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def problem_stream(problems, seed):
-    """problem_at(i): the i-th problem of an endless stream, shuffled anew each time through."""
-    def problem_at(i):
-        epoch, place = divmod(i, len(problems))
-        return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
-    return problem_at
-
-
-def diagnosis(stats, config):
+def diagnosis(stats, config, dtype=torch.float32):
     """Plain lines about what people otherwise puzzle over."""
     percent = lambda name: f"{100 * stats.get(name, 0):.0f}%"                             # noqa: E731
     final = "search" if config.algo == "grpo" else "aggregation"
@@ -906,10 +977,14 @@ def diagnosis(stats, config):
         yield f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"
     if stats["search_entropy"] < 0.02:
         yield f"entropy of the search traces is {stats['search_entropy']:.3f} nats a token: the traces of a problem are nearly the same (collapse)"
-    if stats["logprob_difference"] > 1e-4:
-        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats in a log-prob: the gradient is off-policy"
+    if stats["logprob_difference"] > (1e-4 if dtype == torch.float32 else 0.01):
+        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token: the gradient is off-policy"
     if stats["skipped"]:
         yield "loss or gradient is not finite: step skipped, weights unchanged"
+
+
+def run_folder(config):
+    return Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
 
 
 def start(config, task, out):
@@ -917,36 +992,33 @@ def start(config, task, out):
     (folder, state), initial = newest_checkpoint(out), {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}
     if folder:
         changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
-        if fatal := {"algo", "task", "model", "seed", "train_problems"} & set(changed):
+        if fatal := {"algo", "task", "model", "seed", "train_problems", "lora_rank", "dtype"} & set(changed):
             raise ValueError(f"{out} holds a run with another {', '.join(sorted(fatal))}: choose another --out")
         print(f"resuming {folder}" + (f", with changed: {', '.join(changed)}" if changed else ""), flush=True)
     policy = load_policy(replace(config, model=str(folder)) if folder else config)
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(policy.model, config)
     if folder:
         load_optimizer(optimizer, folder)
     state = {name: state[name] for name in initial} if folder else initial
-    out.mkdir(parents=True, exist_ok=True)
     metrics, aside = out / "metrics.jsonl", out / "metrics.unfinished"
-    rows = metrics.read_text().splitlines() if metrics.exists() else []
-    aside.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
-    os.replace(aside, metrics)
+    if world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = metrics.read_text().splitlines() if metrics.exists() else []
+        aside.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
+        os.replace(aside, metrics)
     return policy, optimizer, state
 
 
 def train(config):
     """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    task, out = tasks.make_task(config.task), Path(config.out or f"runs/{config.algo}-{config.task.partition(':')[0]}-{config.seed}")
+    task, out, (rank, processes) = tasks.make_task(config.task, config.data), run_folder(config), world()
     problems = task.problems("train", config.train_problems, config.seed)
     check_fit(config, task, problems)
-    if not config.steps:
-        report(load_policy(config), task, config, Path(config.out or "runs/evaluation"))
-        return 0
-    (policy, optimizer, state), problem_at = start(config, task, out), problem_stream(problems, config.seed)
+    policy, optimizer, state = start(config, task, out)
     start_model = load_policy(config).model if config.kl else None
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    print(f"{config.algo} on {config.task}, {parameters / 1e6:.1f}M parameters on {policy.device}; everything goes to {out}/", flush=True)
+    sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
+    print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
+          f"{f' and {processes - 1} more' if processes > 1 else ''}; everything goes to {out}/", flush=True)
     interrupted = []
 
     def interrupt(number, frame):
@@ -956,54 +1028,59 @@ def train(config):
         print("finishing this step, then saving; once more stops at once", flush=True)
 
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    while state["step"] < config.steps and not interrupted:
+    stop = False
+    while state["step"] < config.steps and not stop:
         began, step = time.time(), state["step"] + 1
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        records, useful, cursor = collect(policy, task, problem_at, state["cursor"], config, generator)
+        records, useful, found, cursor = collect(policy, task, problems, state["cursor"], config)
         sampled = time.time()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
-        results = [update(policy, optimizer, [g for record in useful for g in record["groups"]], len(useful), config, start_model)
-                   for _ in range(config.updates)]
+        groups = [group for record in useful for group in record["groups"]]
+        results = [update(policy, optimizer, groups, max(1, found), config, start_model) for _ in range(config.updates)]
         stats = {"step": step, **statistics(task, records, useful, config), **results[0], "skipped": sum(r["skipped"] for r in results)}
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(stats) + "\n")
+        stop = bool(add_up(torch.tensor(len(interrupted))))
         state |= {"step": step, "cursor": cursor, "bad": state["bad"] + 1 if stats["skipped"] else 0, "recent": state["recent"] + [stats["answer_reward"]]}
+        if rank == 0:
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(stats) + "\n")
         print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
-              f"entropy {stats['search_entropy']:.2f}  useful {len(useful)}/{len(records)}  {sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
-        for line in diagnosis(stats, config):
+              f"entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  {sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
+        for line in diagnosis(stats, config, policy.model.dtype):
             print(f"  note: {line}", flush=True)
         if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
             print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
         if state["bad"] == 5:
             print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
             return 1
-        if step % config.save_every == 0 or step == config.steps or interrupted:
+        if step % config.save_every == 0 or step == config.steps or stop:
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
             state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
-            save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
-            for old in checkpoints(out)[2:]:
-                if old.name != f"step-{state['best'][0]}":
-                    shutil.rmtree(old)
+            if rank == 0:
+                save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
+                for old in checkpoints(out)[2:]:
+                    if old.name != f"step-{state['best'][0]}":
+                        shutil.rmtree(old)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if interrupted:
+    if stop:
         print(f"saved after step {state['step']}; the same command goes on from there", flush=True)
-        return 128 + interrupted[0]
-    if config.eval_problems:
+        return 128 + (interrupted or [signal.SIGTERM])[0]
+    if config.eval_problems and rank == 0:
         report(policy, task, config, out)
     return 0
 
 
 def report(policy, task, config, out):
-    """The table, on problems that never occur in training; also to evaluation.jsonl. config.steps 0: of this policy alone."""
+    """The table, on problems that never occur in training; also to evaluation.jsonl, and each problem's texts and rewards to
+    records-*.jsonl. config.steps 0: of this policy alone."""
     held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("before", "after") if config.steps else (config.model,):
         print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
-        columns[name] = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
+        columns[name], records = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
         with (out / "evaluation.jsonl").open("a") as file:
             file.write(json.dumps({"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}) + "\n")
+        (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
     for key, value in columns[name].items():
         print(f"{key:<18}" + (f"{columns['before'][key]:10.3f}{value:10.3f}{value - columns['before'][key]:+10.3f}" if config.steps else f"{value:10.3f}"))
@@ -1012,14 +1089,27 @@ def report(policy, task, config, out):
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
+PRESETS = {     # plain data; what the paper doesn't disclose is ours, and comes after the #
+    "paper": dict(num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5,
+                  lora_rank=32, problems=256, temperature=1.0, kl=0.0,      #
+                  dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50),
+}
+PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
+PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B
+
+
 def parse_config(arguments=None):
     parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: (print(f"spiral.py: {message}", file=sys.stderr), sys.exit(2))
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (experiments/plan.py)")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
         parser.add_argument("--" + flag(f.name), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
-    return Config(**vars(parser.parse_args(arguments)))
+    parser.set_defaults(**PRESETS.get(parser.parse_known_args(arguments)[0].preset, {}))
+    options = vars(parser.parse_args(arguments))
+    del options["preset"]
+    return Config(**options)
 
 
 def main(arguments=None):
@@ -1027,7 +1117,18 @@ def main(arguments=None):
     config = parse_config(arguments)
     try:
         config.check()
-        return train(config)
+        if "RANK" in os.environ and not dist.is_initialized():           # started by torchrun
+            dist.init_process_group()
+        if world()[0]:
+            sys.stdout = open(os.devnull, "w")                           # one process speaks for all
+        if config.steps and not config.ask:
+            return train(config)
+        task, policy = tasks.make_task(config.task, config.data), load_policy(config)
+        if config.ask:
+            print(f"answer: {solve(policy, task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
+        else:
+            report(policy, task, config, run_folder(config))
+        return 0
     except torch.OutOfMemoryError:
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
     except (ValueError, OSError, SafetensorError) as error:      # a full disk among them

@@ -1,4 +1,4 @@
-"""The reasoning environments. A task is any object with four methods:
+"""The reasoning environments. A task is any object with these methods:
 
     problems(split, count, seed) -> list of problems     distinct; "train", "validation" and "test" never share one. A generator
                                                          gives exactly `count`; a file (Math) at most: all it has when it has fewer
@@ -6,12 +6,14 @@
     answer(text) -> str or None                          what a completion answers (majority voting compares these)
     reward(problem, text) -> 0.0 or 1.0                  the verifier; `text` is a completion, any string at all
 
+    question(text) -> problem                            what a person asks with --ask; ValueError when it makes no sense
+
 Completions are hostile input: the verifiers parse them, with bounds on length, depth and integer size, and never
 evaluate them. `trace` and `aggregation` write the noisy demonstrations from which the tiny policy gets its warm start.
 Run as a program, this file is the worker process in which Math asks the math-verify library.
 """
 
-import contextlib, functools, json, random, re, resource, signal, subprocess, sys, threading, zlib  # noqa: E401
+import contextlib, functools, json, random, re, signal, subprocess, sys, threading, zlib  # noqa: E401
 from fractions import Fraction
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
@@ -100,15 +102,16 @@ class Task:
         raise ValueError(f"{type(self).__name__} has too few different problems for {count} in the split {split!r}")
 
     def answer(self, text):
-        return extract_answer(text)
+        answer = extract_answer(text)
+        return None if answer == "none" else answer             # the demonstrations give up with "none"
 
     def aggregation(self, problem, traces, rng, noise=0.1):
-        """A demonstration: audit the candidates one by one (each verdict is wrong with probability `noise`), then repeat
-        the answer of one that passed, or try again."""
+        """A demonstration: audit the candidates one by one (each verdict is wrong with probability `noise`), then repeat the
+        last attempt and the answer of one that passed, or try again. It thus shows its work to the next aggregation."""
         passed = [(self.reward(problem, trace) > 0) != (rng.random() < noise) for trace in traces]
         audit = "".join(f"{i + 1}{YES if ok else NO}" for i, ok in enumerate(passed))
-        answers = [self.answer(trace) for trace, ok in zip(traces, passed) if ok and self.answer(trace)]
-        return audit + (ANSWER + rng.choice(answers) if answers else self.trace(problem, rng))
+        good = [trace for trace, ok in zip(traces, passed) if ok and self.answer(trace)]
+        return audit + ("\n".join(rng.choice(good).split("\n")[-2:]) if good else self.trace(problem, rng))
 
 
 def apply(a, operator, b, limit):
@@ -155,6 +158,12 @@ class Countdown(Task):
             steps, expression, target = self.attempt(numbers, rng)
             if 1 <= target <= self.max_target and target not in numbers:
                 return {"numbers": numbers, "target": target, "steps": steps, "solution": expression}
+
+    def question(self, text):
+        *numbers, target = [int(n) for n in re.findall(r"[0-9]{1,9}", text)] or [0]
+        if not 2 <= len(numbers) <= 6:
+            raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
+        return {"numbers": numbers, "target": target}
 
     def key(self, problem):
         return f"{sorted(problem['numbers'])} {problem['target']}"
@@ -211,6 +220,9 @@ class Arithmetic(Task):
                 items[i:i + 2] = [(value, write((left, operator, right)))]
             else:
                 return {"expression": items[0][1][0], "value": items[0][0], "steps": steps}
+
+    def question(self, text):
+        return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
 
     def key(self, problem):
         return problem["expression"]
@@ -300,6 +312,7 @@ def serve(seconds):
     """The worker: a line 1 or 0 for each line [right answer, answer] of standard input, until that ends. When a pair takes too
     long the kernel ends the process by an alarm, which also holds when the parent asks from a thread, or is gone."""
     replies, sys.stdout = sys.stdout, sys.stderr        # what the libraries print is no reply
+    import resource                                     # not on Windows, where the alarm is missing as well
     signal.signal(signal.SIGALRM, signal.SIG_DFL)       # a parent may have it ignored
     signal.alarm(60)
     from math_verify import LatexExtractionConfig, parse, verify
@@ -330,8 +343,10 @@ class Math:
     """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
     "split": "train", "validation" or "test" (else a checksum decides). Of equal problems the first counts."""
 
-    def __init__(self, path):
+    def __init__(self, path=""):
         self.path, self.rows = path, {}
+        if not path:                                    # for `question` alone
+            return
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -357,11 +372,16 @@ class Math:
 
     def problems(self, split, count, seed):
         """Up to `count` problems of the split, shuffled. Raises ValueError when it has none."""
+        if not self.path:
+            raise ValueError("task math needs --data, a JSONL file of problems")
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
             raise ValueError(f'{self.path} has no problem in the split "{split}", of {len(self.rows)} in all')
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
+
+    def question(self, text):
+        return {"problem": text, "answer": ""}
 
     def prompt(self, problem):
         return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
@@ -385,8 +405,8 @@ def make_task(name, data=""):
     kind, _, options = name.partition(":")
     if kind not in TASKS:
         raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
-    if (kind == "math") != bool(data):
-        raise ValueError(f"task {kind}: " + ("needs --data, a JSONL file of problems" if not data else f"takes no --data {data}"))
+    if data and kind != "math":
+        raise ValueError(f"task {kind} takes no --data {data}")
     try:
         options = {key: int(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)}
         return TASKS[kind](*[data] * bool(data), **options)

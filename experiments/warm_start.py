@@ -1,8 +1,8 @@
 """Make the tiny policy's warm start: imitate noisy, machine-written traces and aggregations (tasks.py writes them).
 
-    python experiments/warm_start.py --steps 2200 --stop 1000 && python experiments/warm_start.py --start 1000 --steps 1500
+    python experiments/warm_start.py
 
-remakes experiments/tiny, about 40 minutes on one idle core. The demonstrations are skilful at first, so that the policy learns
+remakes experiments/tiny, about an hour on one idle core. The demonstrations are skilful at first, so that the policy learns
 arithmetic, search and audit; in the last quarter of --steps they are as clumsy as the starting point that reinforcement
 learning wants: room to improve in both roles.
 """
@@ -43,7 +43,10 @@ def document(task, pool, tokenizer, rng, role, skill, noise):
         text, read = task.trace(problem, rng, **({"skill": skill} if countdown else {})), start
     else:
         options = {"skill": rng.random() * skill} if countdown else {"slip": rng.random() * 0.5}
-        traces = [task.trace(problem, rng, **options) for _ in range(rng.choice((4, 4, 4, 4, 2, 3, 6)))]
+        attempts = lambda count: [task.trace(problem, rng, **options) for _ in range(count)]          # noqa: E731
+        count = rng.choice((4, 4, 4, 4, 2, 3, 6))
+        recursive = rng.random() < 0.4                  # candidates that are aggregations themselves
+        traces = [task.aggregation(problem, attempts(4), rng, noise) for _ in range(count)] if recursive else attempts(count)
         text, read = task.aggregation(problem, traces, rng, noise), spiral.aggregation_prompt(tokenizer, prompt, traces)
     written = tokenizer.encode(text) + [tokenizer.eos_id]
     known = min(len(start) + 1, len(read))              # the first candidate's marker too: a search trace must not begin with it
@@ -61,7 +64,7 @@ def loss_of(model, documents, total):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--start", type=int, default=0, help="go on at this step, from the weights in --out")
     parser.add_argument("--stop", type=int, default=0, help="end after this step of the schedule; 0: at its end")
     parser.add_argument("--lr", type=float, default=2e-3)
