@@ -1202,7 +1202,7 @@ def test_math_needs_its_file_and_only_math_takes_one(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", math_row())
     for name, data in (("math", ""), ("countdown", path), ("arithmetic", path), ("math:high=3", path), ("chess", path)):
         with pytest.raises(ValueError, match="--data" if name in ("math", "countdown", "arithmetic") else name) as error:
-            tasks.make_task(name, data)
+            tasks.make_task(name, data).problems("train", 1, 0)             # math without a file is for --ask
         assert name.partition(":")[0] in str(error.value) and len(str(error.value).splitlines()) == 1
     with pytest.raises(OSError):
         tasks.make_task("math", str(tmp_path / "none.jsonl"))
