@@ -258,8 +258,8 @@ class Arithmetic(Task):
 
 
 def final_answer(text):
-    """What the last \boxed{...} with balanced braces holds, else the last "Answer:" line, else "". Tries 20 boxes."""
-    for rest in reversed(text.rsplit(r"\boxed{", 20)[1:]):
+    """What the last \boxed{...} with balanced braces holds, else the last "Answer:" line, else ""."""
+    for rest in reversed(text.split(r"\boxed{")[1:]):
         depth = 1
         for i, character in enumerate(rest[:MAX_ANSWER + 1]):
             depth += (character == "{") - (character == "}")

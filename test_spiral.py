@@ -1139,11 +1139,12 @@ def library(tmp_path, monkeypatch):
 
 
 STAND_IN = r"""
-import mmap, os, time
+import mmap, os, sympy, time
 LatexExtractionConfig = dict
 def parse(text, config, parsing_timeout):
     assert parsing_timeout is None          # its own limit works in the main thread only
-    return text.strip("$")
+    assert text[0] == text[-1] == "$" and text.count("$") == 2
+    return text[1:-1]
 def verify(right, answer, timeout_seconds):
     assert timeout_seconds is None
     print("1\n1")                           # no reply
@@ -1153,6 +1154,8 @@ def verify(right, answer, timeout_seconds):
     if answer == "exit": os._exit(0)
     if answer == "raise": raise RuntimeError
     if answer == "fill": mmap.mmap(-1, 8 << 30)
+    if answer == "code": return sympy.sympify("().__class__.__name__.__len__()") == 5
+    if answer == "numbers": return sympy.Number("12") == 12 and sympy.Number("0.5") == 0.5
     return [right, answer] in ([r"\frac{1}{2}+x", "x+0.5"], ["2x", "x+x"])
 """
 
@@ -1198,8 +1201,8 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path):
 def test_math_needs_its_file_and_only_math_takes_one(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", math_row())
     for name, data in (("math", ""), ("countdown", path), ("arithmetic", path), ("math:high=3", path), ("chess", path)):
-        with pytest.raises(ValueError) as error:
-            tasks.make_task(name, data)
+        with pytest.raises(ValueError, match="--data" if name in ("math", "countdown", "arithmetic") else name) as error:
+            tasks.make_task(name, data).problems("train", 1, 0)             # math without a file is for --ask
         assert name.partition(":")[0] in str(error.value) and len(str(error.value).splitlines()) == 1
     with pytest.raises(OSError):
         tasks.make_task("math", str(tmp_path / "none.jsonl"))
@@ -1232,7 +1235,7 @@ def test_the_last_balanced_box_is_the_answer_else_the_last_answer_line(text, ans
 SAME = [("1/2", "0.5", r"\frac{1}{2}", r"\dfrac12", r"\tfrac 12", "2/4", ".5", "+0.50", "$0.5$", r"\frac{2}{4}", "0.5.", "1/02"), ("-3", "−3", "-3.0", "-03", r"-\frac{6}{2}", r"\frac{-3}{1}", "-3."),
         ("1234567", "1,234,567", "1{,}234{,}567", r"1\,234\,567", r"1,\!234,\!567", r"\$1,234,567.00"), ("50", r"50\%", "50%", "50.0"), ("90", r"90^\circ", r"90^{\circ}", "90°"),
         ("(1,2)", r"\left(1, 2\right)", r"\left( 1,\; 2 \right)", "$(1,2)$"), ("yes", r"\text{yes}", r"\mathrm{yes}", " yes "), (r"2\pi r", r"2 \pi r", r"2\pi  r"), ("x+1", "x + 1"), ("0", "-0", "00", "0.0")]
-DIFFERENT = [("1/2", "0.49999"), ("1/3", "0.333333"), ("1 1/2", "11/2"), ("12", "1 2"), ("12", "1,2"), ("1000", "1,00,0"), ("-3", "3"), ("1/0", "0"), ("2", "٢"), ("2", "²"), ("1e3", "1000"), ("1_0", "10"),
+DIFFERENT = [("1/2", "0.49999"), ("1/3", "0.333333"), ("1 1/2", "11/2"), ("12", "1 2"), ("12", "1,2"), ("1000", "1,00,0"), ("-3", "3"), ("1/0", "0"), ("2", "٢"), ("2", "²"), ("1", "٢/2"), ("1", "2/٢"), ("1/2", "٠.5"), ("1e3", "1000"), ("1_0", "10"),
              ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("yes", "no"), (r"\leftarrow", "arrow"), ("x^2", "x2"), ("0." + "3" * 50, "1/3"), ("9" * 60, "9" * 59)]
 
 
@@ -1281,6 +1284,9 @@ def test_an_answer_is_its_own_answer(no_library):
             assert MATH.reward(math_problem(vote), rf"\boxed{{{body}}}") == MATH.reward(math_problem(body), f"Answer: {vote}") == 1.0
             seen += 1
     assert seen > 3000
+    for body in ("0." + "0" * 100 + "9" * 90, "9" * 199, "1/" + "9" * 197, "1" + ",000" * 49):
+        vote = MATH.answer(rf"\boxed{{{body}}}")
+        assert MATH.answer(f"Answer: {vote}") == vote                       # short enough to be read again
 
 
 def test_the_library_decides_what_is_left(stand_in):
@@ -1298,6 +1304,10 @@ def test_the_time_limit_holds_from_a_thread_and_the_next_call_works(answer, stan
     thread.start()
     thread.join(30)                          # a machine under load takes seconds to start a process
     assert (rewards, died) == ([0.0, 1.0], [True])
+
+
+def test_in_the_worker_sympy_reads_numbers_and_no_code(stand_in):
+    assert MATH.reward(math_problem("x"), r"\boxed{numbers}") == 1.0 and MATH.reward(math_problem("x"), r"\boxed{code}") == 0.0
 
 
 def test_a_worker_killed_by_others_starts_again(stand_in):
@@ -1321,10 +1331,12 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(stand_in, monkeypa
         signal.signal(signal.SIGUSR1, previous)
 
 
-def test_threads_get_the_replies_to_their_own_questions(stand_in):
+def test_threads_share_a_worker_and_get_the_replies_to_their_own_questions(stand_in, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a) or start(*a, **k))
     with ThreadPoolExecutor(8) as pool:
         rewards = list(pool.map(lambda i: MATH.reward(math_problem("2x"), r"\boxed{x+x}" if i % 3 == 0 else rf"\boxed{{x-{i}x}}"), range(300)))
-    assert rewards == [float(i % 3 == 0) for i in range(300)]
+    assert rewards == [float(i % 3 == 0) for i in range(300)] and len(started) == 1
 
 
 def test_without_the_library_it_says_so_once_and_compares_text(no_library, capfd):
