@@ -992,7 +992,7 @@ def start(config, task, out):
     (folder, state), initial = newest_checkpoint(out), {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}
     if folder:
         changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
-        if fatal := {"algo", "task", "model", "seed", "train_problems", "lora_rank", "dtype"} & set(changed):
+        if fatal := {"algo", "task", "data", "model", "seed", "train_problems", "lora_rank", "dtype"} & set(changed):
             raise ValueError(f"{out} holds a run with another {', '.join(sorted(fatal))}: choose another --out")
         print(f"resuming {folder}" + (f", with changed: {', '.join(changed)}" if changed else ""), flush=True)
     policy = load_policy(replace(config, model=str(folder)) if folder else config)
@@ -1013,7 +1013,7 @@ def train(config):
     """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
     task, out, (rank, processes) = tasks.make_task(config.task, config.data), run_folder(config), world()
     problems = task.problems("train", config.train_problems, config.seed)
-    check_fit(config, task, problems)
+    check_fit(config, task, problems + (task.problems(config.eval_split, config.eval_problems, 0) if config.eval_problems else []))
     policy, optimizer, state = start(config, task, out)
     start_model = load_policy(config).model if config.kl else None
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
