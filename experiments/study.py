@@ -61,12 +61,12 @@ VARIANTS = {
 
 # CPU seconds on one thread of a busy 2-core machine: 55 per 100 000 sampled tokens of spiral and grpo-agg, 28 of grpo; 2.7 per problem
 # of a "large" evaluation of traces of 25 tokens, 0.7 of a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 300_000, "short_tokens": 120_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+FULL = {"seeds": 5, "tokens": 300_000, "short_tokens": 150_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
         "first": 5,                                          # so many of VARIANTS get all their seeds before the others start
-        "lrs": [1.5e-4, 3e-4, 6e-4], "weights": [0.03, 0.1, 0.3],
+        "lrs": [2e-4, 4e-4], "weights": [],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:high=50,max_target=200", "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
-        "large": {"problems": 80, "traces": 256, "tree": 64, "rsa": 10}, "small": {"problems": 80, "traces": 64, "tree": 16, "rsa": 4}}
+        "large": {"problems": 60, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
 QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
          "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace; the last is that of all evaluation
