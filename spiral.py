@@ -63,7 +63,7 @@ class Config:
                             ("leave-one-out", "published"))
     search_weight: float = option(0.05, "weight of the search term; 1 is the exact joint gradient", low=0)
     # Training
-    steps: int = option(40, "training steps; 0: evaluate only", low=0)
+    steps: int = option(30, "training steps; 0: evaluate only", low=0)
     problems: int = option(16, "problems per step with an advantage that is not zero")
     max_draws: int = option(2, "draw at most this many times `problems` to find them; 1: take the batch as it comes")
     train_problems: int = option(8000, "distinct training problems; shuffled anew each time they are used up")
