@@ -213,6 +213,8 @@ class Policy:
     model: torch.nn.Module       # a transformers causal LM
     tokenizer: object            # .encode(str) -> list[int], .decode, .eos_id, .eos_ids, .chat(str) -> prompt tokens, .markers
     device: torch.device
+    graphs: bool = False         # decode by replaying CUDA graphs
+    slots: object = None         # memory of `sample`, which makes it
 
 
 def load_tokenizer(config):
@@ -247,7 +249,7 @@ def load_policy(config):
     with torch.no_grad():
         if not torch.allclose(head(model, hidden_states(model, probe), 1.0), model(probe).logits.float(), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
-    return Policy(model, tokenizer, device)
+    return Policy(model, tokenizer, device, graphs=device.type == "cuda")
 
 
 def check_fit(config, task, problems):
@@ -305,19 +307,18 @@ class Samples:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's preallocated keys and values [slots, heads, T, D]. In decoding, slot b writes at its own column."""
+    """One layer's keys and values [slots, heads, T, D]. In a decoding step, slot b writes at its own column."""
 
     def __init__(self, keys, slots, length):
         super().__init__()
-        shape = (slots, keys.shape[1], length, keys.shape[3])
-        self.keys, self.values, self.is_initialized = keys.new_zeros(shape), keys.new_zeros(shape), True
+        self.keys, self.values = (keys.new_zeros(slots, keys.shape[1], length, keys.shape[3]) for _ in range(2))
+        self.is_initialized = True
         self.rows = self.columns = self.length = None       # set before each decoding step
 
     def update(self, keys, values, *args, **kwargs):
         self.keys[self.rows, :, self.columns] = keys[:, :, 0]
         self.values[self.rows, :, self.columns] = values[:, :, 0]
-        count = len(self.rows)
-        return self.keys[:count, :, :self.length], self.values[:count, :, :self.length]
+        return self.keys[:len(self.rows), :, :self.length], self.values[:len(self.rows), :, :self.length]
 
     def lazy_initialization(self, keys, values): ...
     def get_seq_length(self): return 0
@@ -325,11 +326,28 @@ class SlotLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
 
 
-def cache_bytes(settings, itemsize):
-    """Of one token's keys and values in all layers."""
-    text = settings.get_text_config()
+class Slots:
+    """Memory of decoding: the cache, and the state and output of the completion in each slot. It stays with the policy from call to
+    call: fresh memory is slow, and CUDA graphs hold its addresses."""
+
+    def __init__(self, prefix, count, length, limit, device):
+        self.length, self.limit, self.graphs = length, limit, {}
+        self.cache = Cache(layers=[SlotLayer(layer.keys, count, length) for layer in prefix.layers])
+        self.row, self.step, self.column, self.token = torch.zeros(4, count, dtype=torch.long, device=device)    # [slots] each
+        self.done = torch.ones(count, dtype=torch.bool, device=device)
+        self.uniforms = torch.zeros(count, limit + 1, dtype=torch.float64, device=device)
+        self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()         # [slots, limit + 1]; the last column is trash
+
+
+def most_slots(model, length, device):
+    """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width * itemsize
+    room = 1 << 30
+    if device.type == "cuda":
+        room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
+    return max(1, room // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
 
 
 def draw_tokens(logits, uniforms, greedy):
@@ -343,6 +361,20 @@ def draw_tokens(logits, uniforms, greedy):
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
+def bucket(n):
+    """n rounded up to one of at most eight sizes an octave: few shapes, little waste."""
+    step = max(1, (1 << (n - 1).bit_length()) // 8)
+    return -(-n // step) * step
+
+
+def capture(function):
+    """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 @torch.no_grad()
 def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
     """Sample `num_samples` completions of each prompt (a list of token lists); rows come in prompt-major order.
@@ -353,35 +385,46 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     model, device = policy.model, policy.device
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt, and a token in each")
-    total, longest_prompt = len(prompts) * num_samples, max(map(len, prompts))
-    trash = max_new_tokens                                   # finished rows run on until the next look; they write here
-    uniforms = torch.cat([torch.rand(num_samples, max_new_tokens + 1, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
+    total, longest = len(prompts) * num_samples, max(map(len, prompts)) + max_new_tokens
+    uniforms = torch.cat([torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
                           for g in (generator if isinstance(generator, list) else [generator] * len(prompts))]).to(device)
-    tokens = torch.full((total, max_new_tokens + 1), policy.tokenizer.eos_id, device=device)
-    logprobs = torch.zeros(total, max_new_tokens + 1, device=device)
+    tokens = torch.full((total, max_new_tokens), policy.tokenizer.eos_id, device=device)
+    logprobs = torch.zeros(total, max_new_tokens, device=device)
     eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
     waiting = {}                                             # distinct prompt -> its rows
     for i, prompt in enumerate(prompts):
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
-    row_bytes = cache_bytes(model.config, model.dtype.itemsize) * (longest_prompt + max_new_tokens)
-    memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
-    slots = min(total, max_rows or max(1, memory // row_bytes))
-    cache, look_every = None, 1 if device.type == "cpu" else 8           # a look at which rows are done waits for the GPU
-    row = step = column = token = torch.empty(0, dtype=torch.long, device=device)        # [B]: the state of slots 0..B-1
-    done = torch.empty(0, dtype=torch.bool, device=device)
+    wanted, slots, alive = min(total, max_rows or total), policy.slots, 0               # slots 0..alive-1 hold a completion
+    if not slots or slots.length < longest or slots.limit < max_new_tokens or slots.cache.layers[0].keys.dtype != model.dtype or (
+            len(slots.done) < min(wanted, most_slots(model, bucket(longest), device))):
+        slots = policy.slots = None                          # too small: made again after the first prefill
+    size = min(wanted, len(slots.done) if slots else most_slots(model, bucket(longest), device))
 
-    def emit(logits, row, step, done):
-        """Sample a token for each row, record it, and see whether it was the last."""
-        place = torch.where(done, trash, step)
-        drawn, logprob = draw_tokens(logits, uniforms[row, place], temperature == 0)
-        tokens[row, place], logprobs[row, place] = drawn, logprob
-        return drawn, done | torch.isin(drawn, eos_ids) | (step + 1 >= max_new_tokens)
+    def emit(logits, s):
+        """Sample a token for each of the slots `s`, record it, and see whether it was the last."""
+        place = torch.where(slots.done[s], slots.limit, slots.step[s])[:, None]         # a finished row runs on until the next look
+        drawn, logprob = draw_tokens(logits, slots.uniforms[s].gather(1, place)[:, 0], temperature == 0)
+        slots.tokens[s].scatter_(1, place, drawn[:, None])
+        slots.logprobs[s].scatter_(1, place, logprob[:, None])
+        slots.token[s], slots.step[s] = drawn, slots.step[s] + 1
+        slots.done[s] |= (drawn[:, None] == slots.eos_ids).any(-1) | (slots.step[s] >= max_new_tokens)
 
-    while waiting or len(row):
+    def decode(count, length):
+        """One token for each of the first `count` slots, which attend to `length` columns."""
+        column, slot, keys = slots.column[:count], torch.arange(count, device=device), torch.arange(length, device=device)[None]
+        for layer in slots.cache.layers:
+            layer.rows, layer.columns, layer.length = slot, column, length
+        mask = attention_mask(model, keys[:, None] <= column[:, None, None], column[:, None], keys)
+        hidden = hidden_states(model, slots.token[:count, None], position_ids=column[:, None], attention_mask=mask,
+                               past_key_values=slots.cache, use_cache=True)
+        emit(head(model, hidden[:, 0], temperature or 1.0), slice(count))
+        column += ~slots.done[:count]
+
+    while waiting or alive:
         # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
-        while waiting and (not len(row) or slots - len(row) >= max(len(waiting[-1][1]), slots // 4)):
-            batch, free = [], slots - len(row)
+        while waiting and (not alive or size - alive >= max(len(waiting[-1][1]), size // 4)):
+            batch, free = [], size - alive
             while waiting and free and (not batch or (len(waiting[-1][1]) <= free and (len(batch) + 1) * len(batch[0][0]) <= 16384)):
                 prompt, rows = waiting.pop()
                 batch.append((list(prompt), rows[:free]))
@@ -392,47 +435,50 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             lengths = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                  # [U]
             padded = pad([prompt for prompt, _ in batch], policy.tokenizer.eos_id, device)               # [U, L]
             hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)                # causal: pads come last
-            if cache is None:
-                cache = Cache(layers=[SlotLayer(layer.keys, slots, longest_prompt + max_new_tokens) for layer in prefix.layers])
+            if not slots:
+                slots = policy.slots = Slots(prefix, size, bucket(longest), max_new_tokens, device)
+                slots.eos_ids = eos_ids
             owner = torch.tensor([u for u, (_, rows) in enumerate(batch) for _ in rows], device=device)  # [new]
-            new, count = torch.tensor([r for _, rows in batch for r in rows], device=device), len(row)
-            for layer, source in zip(cache.layers, prefix.layers):
-                layer.keys[count:count + len(new), :, :padded.shape[1]] = source.keys[owner]
-                layer.values[count:count + len(new), :, :padded.shape[1]] = source.values[owner]
-            logits = head(model, hidden[torch.arange(len(batch), device=device), lengths - 1], temperature or 1.0)[owner]
-            zeros = torch.zeros_like(new)
-            drawn, ended = emit(logits, new, zeros, zeros.bool())
-            row, step, column = torch.cat([row, new]), torch.cat([step, zeros + 1]), torch.cat([column, lengths[owner]])
-            token, done = torch.cat([token, drawn]), torch.cat([done, ended])
+            rows, new = torch.tensor([r for _, rows in batch for r in rows], device=device), slice(alive, size - free)
+            for layer, source in zip(slots.cache.layers, prefix.layers):
+                layer.keys[new, :, :padded.shape[1]], layer.values[new, :, :padded.shape[1]] = source.keys[owner], source.values[owner]
+            slots.row[new], slots.step[new], slots.column[new], slots.done[new] = rows, 0, lengths[owner], False
+            slots.uniforms[new, :max_new_tokens], slots.tokens[new] = uniforms[rows], policy.tokenizer.eos_id
+            emit(head(model, hidden[torch.arange(len(batch), device=device), lengths - 1], temperature or 1.0)[owner], new)
+            alive = size - free
 
-        # Decode: one token for every row
-        length = int(column.max()) + 1 if len(row) else 0
-        slot = torch.arange(len(row), device=device)
-        for _ in range(look_every if not bool(done.all()) else 0):
-            length = min(length, longest_prompt + max_new_tokens)
-            for layer in cache.layers:
-                layer.rows, layer.columns, layer.length = slot, column, length
-            keys = torch.arange(length, device=device)[None]
-            mask = attention_mask(model, keys[:, None] <= column[:, None, None], column[:, None], keys)
-            hidden = hidden_states(model, token[:, None], position_ids=column[:, None], attention_mask=mask,
-                                   past_key_values=cache, use_cache=True)
-            token, done = emit(head(model, hidden[:, 0], temperature or 1.0), row, step, done)
-            step, column = step + 1, (column + 1).clamp_(max=longest_prompt + max_new_tokens - 1)
-            length += 1
+        # Decode: one token for every row; on the GPU eight, for a look at which rows are done waits for it
+        length = int(slots.column[:alive].max()) + 1
+        for i in range(1 if device.type == "cpu" else 8):
+            shape = alive, min(length + i, longest)
+            if not policy.graphs:
+                decode(*shape)
+                continue
+            shape = min(bucket(shape[0]), len(slots.done)), min(bucket(shape[1]), slots.length)
+            key = *shape, max_new_tokens, temperature
+            if key in slots.graphs:
+                slots.graphs[key]()
+                continue
+            decode(*shape)                                   # plainly, which warms up for the capture
+            try:
+                slots.graphs[key] = capture(lambda: decode(*shape))                      # noqa: B023
+            except RuntimeError as error:
+                policy.graphs = False
+                print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
 
-        # Stop: when a tenth has finished, the last rows move into their slots
-        alive = int((~done).sum())
-        if alive <= 0.9 * len(row):
-            holes, movers = done[:alive].nonzero()[:, 0], (~done[alive:]).nonzero()[:, 0] + alive
-            for layer in cache.layers if len(holes) else ():
-                layer.keys[holes, :, :length] = layer.keys[movers, :, :length]
-                layer.values[holes, :, :length] = layer.values[movers, :, :length]
-            order = torch.arange(alive, device=device)
-            order[holes] = movers
-            row, step, column, token, done = row[order], step[order], column[order], token[order], done[order]
+        # Stop: when a tenth has finished, their output leaves, and the last rows move into their slots
+        gone = slots.done[:alive].nonzero()[:, 0]
+        if len(gone) >= 0.1 * alive:
+            left = alive - len(gone)
+            tokens[slots.row[gone]], logprobs[slots.row[gone]] = slots.tokens[gone, :max_new_tokens], slots.logprobs[gone, :max_new_tokens]
+            holes, movers = gone[gone < left], (~slots.done[left:alive]).nonzero()[:, 0] + left
+            for layer in slots.cache.layers if len(holes) else ():
+                layer.keys[holes, :, :length], layer.values[holes, :, :length] = layer.keys[movers, :, :length], layer.values[movers, :, :length]
+            for state in (slots.row, slots.step, slots.column, slots.token, slots.done, slots.uniforms, slots.tokens, slots.logprobs):
+                state[holes] = state[movers]
+            slots.done[left:alive], alive = True, left
 
-    tokens, logprobs = tokens[:, :max_new_tokens], logprobs[:, :max_new_tokens]
-    ended = torch.isin(tokens, eos_ids)
+    ended = (tokens[:, :, None] == eos_ids).any(-1)
     mask = (ended.cumsum(-1) - ended.long()) == 0            # True up to and including the first EOS
     width = int(mask.sum(-1).max())
     return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))

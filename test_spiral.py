@@ -270,6 +270,60 @@ def test_samples_follow_the_distribution_of_the_policy():
     assert chi_square_is_plausible([counts[key] for key in expected], [draws * p for p in expected.values()])
 
 
+def test_memory_kept_from_call_to_call_changes_nothing():
+    """Smaller calls use the slots of larger ones, larger ones get new slots; what an earlier call left there isn't seen."""
+    policy, seen = copy.deepcopy(toy_policy("qwen3")), []
+    for prompts, tokens, max_rows in ((PROMPTS, 16, 0), (PROMPTS[:3], 9, 0), (PROMPTS, 16, 5), (PROMPTS + [[7] * 40], 30, 0), (PROMPTS[:1], 5, 0)):
+        samples = sample(policy, prompts=prompts, tokens=tokens, max_rows=max_rows)
+        fresh = sample(copy.deepcopy(toy_policy("qwen3")), prompts=prompts, tokens=tokens, max_rows=max_rows)
+        assert torch.equal(samples.tokens, fresh.tokens)
+        torch.testing.assert_close(samples.logprobs, fresh.logprobs, rtol=0, atol=1e-5)
+        seen.append(policy.slots)
+    assert seen[0] is seen[1] is seen[2] is not seen[3] and seen[3] is seen[4]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3-window"])
+def test_a_replayed_step_is_exact_after_the_weights_have_changed(name, monkeypatch):
+    """A stand-in for CUDA graphs that replays the function of an *earlier* call, as a graph replays its kernels: everything that a step
+    reads and writes must be static memory, and shapes beyond the living rows must do no harm."""
+    plain, replayed, captured, replays = copy.deepcopy(toy_policy(name)), copy.deepcopy(toy_policy(name)), [], []
+    replayed.graphs = True
+    monkeypatch.setattr(spiral, "capture", lambda function: captured.append(function) or (lambda: replays.append(1) or function()))
+    for seed in range(3):
+        expected, samples = sample(plain, seed), sample(replayed, seed)
+        assert torch.equal(samples.tokens, expected.tokens) and torch.equal(samples.mask, expected.mask)
+        torch.testing.assert_close(samples.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+        for policy in (plain, replayed):
+            with torch.no_grad():
+                for p in policy.model.parameters():
+                    p.mul_(0.9)
+    assert len(replays) > 20 and len(captured) == len(replayed.slots.graphs)              # once for each shape, in all three calls
+
+
+def test_without_cuda_graphs_it_says_so_and_goes_on(monkeypatch, capsys):
+    policy = copy.deepcopy(toy_policy("qwen3"))
+    policy.graphs = True
+    monkeypatch.setattr(spiral, "capture", lambda function: (_ for _ in ()).throw(RuntimeError("not permitted\nwhen capturing")))
+    assert torch.equal(sample(policy).tokens, sample(toy_policy("qwen3")).tokens) and not policy.graphs
+    assert capsys.readouterr().out == "no CUDA graphs, decoding goes on without: not permitted\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_are_exact_after_the_weights_have_changed():
+    plain = copy.deepcopy(toy_policy("qwen3"))
+    plain.model, plain.device = plain.model.cuda(), torch.device("cuda")
+    graphs = copy.deepcopy(plain)
+    graphs.graphs = True
+    for seed in range(3):
+        expected, samples = sample(plain, seed, tokens=64), sample(graphs, seed, tokens=64)
+        torch.testing.assert_close(samples.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+        assert graphs.graphs and graphs.slots.graphs and torch.equal(samples.tokens, expected.tokens)
+        for policy in (plain, graphs):
+            with torch.no_grad():
+                for p in policy.model.parameters():
+                    p.mul_(0.95)
+
+
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
 def test_empty_prompts_are_refused(prompts):
     with pytest.raises(ValueError):
