@@ -332,6 +332,7 @@ class Slots:
 
     def __init__(self, prefix, count, length, limit, device):
         self.length, self.limit, self.graphs = length, limit, {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
         self.cache = Cache(layers=[SlotLayer(layer.keys, count, length) for layer in prefix.layers])
         self.row, self.step, self.column, self.token = torch.zeros(4, count, dtype=torch.long, device=device)    # [slots] each
         self.done = torch.ones(count, dtype=torch.bool, device=device)
@@ -367,10 +368,10 @@ def bucket(n):
     return -(-n // step) * step
 
 
-def capture(function):
+def capture(function, pool):
     """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         function()
     return graph.replay
 
@@ -461,7 +462,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
                 continue
             decode(*shape)                                   # plainly, which warms up for the capture
             try:
-                slots.graphs[key] = capture(lambda: decode(*shape))                      # noqa: B023
+                slots.graphs[key] = capture(lambda: decode(*shape), slots.pool)          # noqa: B023
             except RuntimeError as error:
                 policy.graphs = False
                 print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)

@@ -288,7 +288,7 @@ def test_a_replayed_step_is_exact_after_the_weights_have_changed(name, monkeypat
     reads and writes must be static memory, and shapes beyond the living rows must do no harm."""
     plain, replayed, captured, replays = copy.deepcopy(toy_policy(name)), copy.deepcopy(toy_policy(name)), [], []
     replayed.graphs = True
-    monkeypatch.setattr(spiral, "capture", lambda function: captured.append(function) or (lambda: replays.append(1) or function()))
+    monkeypatch.setattr(spiral, "capture", lambda function, pool: captured.append(function) or (lambda: replays.append(1) or function()))
     for seed in range(3):
         expected, samples = sample(plain, seed), sample(replayed, seed)
         assert torch.equal(samples.tokens, expected.tokens) and torch.equal(samples.mask, expected.mask)
@@ -303,7 +303,7 @@ def test_a_replayed_step_is_exact_after_the_weights_have_changed(name, monkeypat
 def test_without_cuda_graphs_it_says_so_and_goes_on(monkeypatch, capsys):
     policy = copy.deepcopy(toy_policy("qwen3"))
     policy.graphs = True
-    monkeypatch.setattr(spiral, "capture", lambda function: (_ for _ in ()).throw(RuntimeError("not permitted\nwhen capturing")))
+    monkeypatch.setattr(spiral, "capture", lambda function, pool: (_ for _ in ()).throw(RuntimeError("not permitted\nwhen capturing")))
     assert torch.equal(sample(policy).tokens, sample(toy_policy("qwen3")).tokens) and not policy.graphs
     assert capsys.readouterr().out == "no CUDA graphs, decoding goes on without: not permitted\n"
 
