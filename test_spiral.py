@@ -1139,11 +1139,36 @@ HEALTHY = {"useful_problems": 16, "drawn_problems": 20, "all_right": 0.1, "all_w
 @pytest.mark.parametrize("sick, words", [
     ({}, None), ({"useful_problems": 0, "all_right": 0.25, "all_wrong": 0.75}, "25% of the problems have every answer right, 75% every answer wrong"),
     ({"useful_problems": 9, "drawn_problems": 32}, "only 9 of 16 problems have an advantage after 32 draws"), ({"aggregation_truncated": 0.6}, "--max-aggregation-tokens"),
-    ({"no_answer": 0.95}, "95%"), ({"search_entropy": 0.01}, "collapse"), ({"logprob_difference": 0.01}, "off-policy"), ({"skipped": 1}, "not finite")])
+    ({"no_answer": 0.95}, "95%"), ({"search_entropy": 0.01}, "collapse"), ({"logprob_difference": 0.01}, "off-policy"), ({"skipped": 1}, "not finite"), ({"prompts_at_limit": 0.2}, "--max-prompt-tokens")])
 def test_diagnosis_names_what_is_wrong_and_nothing_else(sick, words):
     lines = list(spiral.diagnosis(HEALTHY | sick, spiral.Config(problems=16, max_draws=2)))
     assert (lines == []) if words is None else (len(lines) == 1 and words in lines[0])
     assert any("--max-trace-tokens" in line for line in spiral.diagnosis(HEALTHY | {"search_truncated": 0.9}, spiral.Config(algo="grpo", problems=16)))
+
+
+def nan_loss(*_):
+    return torch.tensor(math.nan, requires_grad=True)
+
+
+@pytest.mark.parametrize("options, patch, code, words", [
+    ("", ("reward", lambda self, problem, text: 0.0), 0, "0% of the problems have every answer right, 100% every answer wrong"),
+    ("", ("reward", lambda self, problem, text: 1.0), 0, "100% of the problems have every answer right, 0% every answer wrong"),
+    ("--max-aggregation-tokens 3", (), 0, "of the aggregation traces hit the token limit: raise --max-aggregation-tokens"),
+    ("--max-aggregation-tokens 3", (), 0, "of the final texts hold no answer in the task's format"),
+    ("--max-prompt-tokens 30", (), 0, "candidates have grown, and lose their beginnings"),
+    ("--temperature 0.001", (), 0, "nats a token: the traces of a problem are nearly the same (collapse)"),
+    ("", ("head", lambda head: lambda model, hidden, temperature: head(model, hidden, temperature) * (1.01 if torch.is_grad_enabled() else 1)), 0, "the gradient is off-policy"),
+    ("--steps 9", ("policy_loss", lambda real: nan_loss), 1, "five steps in a row were not finite: stopping"),
+    ("", ("rollout", lambda real: lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("large"))), 2, "out of memory: lower --problems")],
+    ids=["all-wrong", "all-right", "truncated", "no-answer", "prompt-limit", "collapse", "off-policy", "nan", "memory"])
+def test_a_run_in_trouble_says_why(options, patch, code, words, coin_rewards, monkeypatch, tmp_path, capsys):
+    """Each diagnosis provoked from the command line."""
+    if patch and patch[0] == "reward":
+        monkeypatch.setattr(tasks.Countdown, *patch)
+    elif patch:
+        monkeypatch.setattr(spiral, patch[0], patch[1](getattr(spiral, patch[0])))
+    assert run(*RESUMABLE, "--steps", 1, *options.split(), "--out", tmp_path / "run") == code
+    assert words in "".join(capsys.readouterr())
 
 
 def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):

@@ -1,9 +1,11 @@
-"""Two harnesses that take too long for the unit tests.
+"""Three harnesses that take too long for the unit tests.
 
     python experiments/robustness.py kill --kills 100     # SIGKILL a run at random moments, resume, compare every byte
     python experiments/robustness.py fuzz --count 100000  # hostile completions through each verifier: exceptions, slowest
+    python experiments/robustness.py save                 # ten default steps: the share of the time that goes into the checkpoint
 
-Each writes experiments/results/robustness_{kill,fuzz}.json. `kill` is imported by the tests for a short version.
+Each writes experiments/results/robustness_{kill,fuzz,save}.json. `kill` is imported by the tests for a short version. `fuzz` tries Math
+without its library, whose worker has a time limit of its own (the tests try that).
 """
 
 import argparse
@@ -96,7 +98,7 @@ def kill(kills, folder, seed=0, log=print):
 def hostile(rng):
     """One completion of at most 4 KB made to break parsers."""
     length = rng.choice((0, 3, 30, 300, 4000))
-    kind = rng.randrange(6)
+    kind = rng.randrange(8)
     if kind == 0:
         return "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x20000)))) for _ in range(length // 4)).encode("utf-8", "replace").decode()
     if kind == 1:
@@ -107,13 +109,19 @@ def hostile(rng):
         return "Answer:" * (length // 7) + "1/0"
     if kind == 4:
         return "Answer: " + "".join(rng.choice("0123456789+-*/()= ٣²") for _ in range(length))
+    if kind == 5:
+        return r"\boxed{" * (length // 14) + rng.choice(["9" * length, r"\frac" * (length // 5), "{" * length, "1" + ",000" * (length // 4)]) + "}" * (length // 2)
+    if kind == 6:
+        return r"\boxed{" + "".join(rng.choice([r"\frac", "{", "}", "1", "23", "^", "_", r"\text{", "$", " ", ".", ",", "-", "/", "%", "\\"]) for _ in range(length // 3)) + "}"
     return "".join(rng.choice(["Answer: ", "1", "23", "+", "*", "(", ")", "\n", "/", "-", " ", "=", "none", "**"]) for _ in range(length // 3))[:4000]
 
 
 def fuzz(count, log=print):
     rows = {}
-    for task in (tasks.Countdown(), tasks.Arithmetic()):
-        rng, problems, slowest, exceptions, rewarded = random.Random(0), task.problems("test", 50, 0), 0.0, 0, 0
+    tasks.worker = False                         # Math: as where its library is not installed
+    for task in (tasks.Countdown(), tasks.Arithmetic(), tasks.Math()):
+        problems = [{"problem": "?", "answer": answer} for answer in ("9", r"\frac{1}{2}", "x+1", "1,000")] if isinstance(task, tasks.Math) else task.problems("test", 50, 0)
+        rng, slowest, exceptions, rewarded = random.Random(0), 0.0, 0, 0
         for _ in range(count):
             problem, text = rng.choice(problems), hostile(rng)
             began = time.perf_counter()
@@ -136,15 +144,33 @@ def fuzz(count, log=print):
     return rows
 
 
+def save_share(steps=10):
+    """Seconds of `steps` default steps, which end in a checkpoint, and of those in save_checkpoint."""
+    saves, real = [], spiral.save_checkpoint
+
+    def timed(*args):
+        began = time.perf_counter()
+        real(*args)
+        saves.append(time.perf_counter() - began)
+    spiral.save_checkpoint = timed
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        assert spiral.main(["--steps", str(steps), "--eval-problems", "0", "--transcript-every", "0", "--out", folder]) == 0
+        whole = time.perf_counter() - began
+    return {"steps": steps, "seconds": whole, "saves": len(saves), "save_seconds": sum(saves), "share": sum(saves) / whole}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "fuzz"))
+    parser.add_argument("what", choices=("kill", "fuzz", "save"))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--count", type=int, default=100_000)
     args = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
     if args.what == "fuzz":
         found = fuzz(args.count)
+    elif args.what == "save":
+        found = save_share()
     else:
         with tempfile.TemporaryDirectory() as folder:
             compared, identical, kinds = kill(args.kills, folder)
