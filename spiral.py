@@ -37,11 +37,9 @@ import tasks
 
 # ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
 
-
 def option(default, text, choices=None, low=None):
     """`low`: the least value allowed; without it it must be above 0."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low})
-
 
 @dataclass
 class Config:
@@ -119,10 +117,8 @@ class Config:
                 raise ValueError(text)
         pick_device(self.device)
 
-
 def flag(name):
     return name.replace("_", "-")
-
 
 def pick_device(name):
     """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
@@ -133,11 +129,9 @@ def pick_device(name):
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
 
-
 def world():
     """(rank, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def add_up(tensor):
     """The sum over the processes of torchrun, in place."""
@@ -145,14 +139,12 @@ def add_up(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-
 # ---- Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs. -----------------
 
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, settle their "
              "disagreements, and if all are wrong try another way. Then end with the answer in the format asked for.\n")
 TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
-
 
 class TinyTokenizer:
     """A tiktoken encoding built here: bytes as the fallback, integers below 1000, the tasks' phrases and the role markers
@@ -177,7 +169,6 @@ class TinyTokenizer:
 
     def decode(self, tokens):
         return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
-
 
 class HubTokenizer:
     """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
@@ -207,7 +198,6 @@ class HubTokenizer:
     def decode(self, tokens):
         return self.hf.decode(tokens, skip_special_tokens=True)
 
-
 @dataclass
 class Policy:
     model: torch.nn.Module       # a transformers causal LM
@@ -215,7 +205,6 @@ class Policy:
     device: torch.device
     graphs: bool = False         # decode by replaying CUDA graphs
     slots: object = None         # memory of `sample`, which makes it
-
 
 def load_tokenizer(config):
     """(path, settings, tokenizer) of config.model, without its weights."""
@@ -225,7 +214,6 @@ def load_tokenizer(config):
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
     return path, settings, TinyTokenizer() if tiny else HubTokenizer(path)
-
 
 def load_policy(config):
     """The policy named by config.model; with config.lora_rank its weights are frozen and adapters of that rank are trained. Raises
@@ -251,7 +239,6 @@ def load_policy(config):
             raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
     return Policy(model, tokenizer, device, graphs=device.type == "cuda")
 
-
 def check_fit(config, task, problems):
     """Raises ValueError when the longest problem, with candidates, can't fit; needs the tokenizer, not the weights."""
     _, settings, tokenizer = load_tokenizer(config)
@@ -262,18 +249,15 @@ def check_fit(config, task, problems):
     if needed > limit:
         raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
-
 def hidden_states(model, tokens, **inputs):
     """Last hidden states [B, T, d]: the model without its vocabulary head."""
     return model.base_model(input_ids=tokens, **inputs).last_hidden_state
-
 
 def head(model, hidden, temperature):
     """Logits at `temperature`, fp32 [..., V]."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
-
 
 def attention_mask(model, allowed, query_positions, key_positions):
     """`allowed` [B, Q, T] (True = attend) in the form the model takes, sliding windows included. SDPA takes bool masks;
@@ -285,15 +269,12 @@ def attention_mask(model, allowed, query_positions, key_positions):
         return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
     return (allowed if kinds else near)[:, None]            # [B, 1, Q, T]
 
-
 def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
 
-
 # ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
-
 
 @dataclass
 class Samples:
@@ -304,7 +285,6 @@ class Samples:
 
     def __getitem__(self, rows):
         return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
-
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values [slots, heads, T, D]. In a decoding step, slot b writes at its own column."""
@@ -325,7 +305,6 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self): return self.keys.shape[2]
     def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
 
-
 class Slots:
     """Memory of decoding: the cache, and the state and output of the completion in each slot. It stays with the policy from call to
     call: fresh memory is slow, and CUDA graphs hold its addresses."""
@@ -338,7 +317,6 @@ class Slots:
         self.uniforms = torch.zeros(count, limit + 1, dtype=torch.float64, device=device)
         self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()         # [slots, limit + 1]; the last column is trash
 
-
 def most_slots(model, length, device):
     """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
     text = model.config.get_text_config()
@@ -348,7 +326,6 @@ def most_slots(model, length, device):
     if device.type == "cuda":
         room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
     return max(1, room // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
-
 
 def draw_tokens(logits, uniforms, greedy):
     """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
@@ -360,12 +337,10 @@ def draw_tokens(logits, uniforms, greedy):
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
-
 def bucket(n):
     """n rounded up to one of at most eight sizes an octave: few shapes, little waste."""
     step = max(1, (1 << (n - 1).bit_length()) // 8)
     return -(-n // step) * step
-
 
 def capture(function):
     """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
@@ -373,7 +348,6 @@ def capture(function):
     with torch.cuda.graph(graph):
         function()
     return graph.replay
-
 
 @torch.no_grad()
 def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
@@ -483,9 +457,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     width = int(mask.sum(-1).max())
     return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
 
-
 # ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
-
 
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled.
@@ -507,7 +479,6 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
             return torch.tensor(list(sets.values()))
     raise ValueError(f"found no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
 
-
 def neutralise(text, markers):
     """Sampled text made harmless: it can't close its candidate, open another, or write a special token of the tokenizer."""
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
@@ -515,7 +486,6 @@ def neutralise(text, markers):
         for marker in markers:
             text = text.replace(marker, " ")
     return text
-
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     """The problem's prompt and the numbered candidate traces (strings) -> tokens of the aggregation prompt.
@@ -541,10 +511,8 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
         tokens = build([tokenizer.decode(body[len(body) - limit:]) for body, limit in zip(bodies, limits)])
     return tokens
 
-
 # ---- Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate ----
 # of grad J (paper.md section 5; the tests check it by enumeration). No division by a standard deviation anywhere.
-
 
 def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
     """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1].
@@ -563,20 +531,16 @@ def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leav
          (math.comb(num_traces - 1, set_size - 1) - 1) / (math.comb(num_traces, set_size) - 1))
     return summed / ((num_sets - 1) * (1 - p))
 
-
 def aggregation_advantages(rewards, estimator="leave-one-out"):
     """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2]. "published": r_km - mean_m r_km."""
     advantages = rewards - rewards.mean(-1, keepdim=True)
     return advantages if estimator == "published" else advantages / ((rewards.shape[-1] - 1) * rewards.shape[1])
 
-
 def grpo_advantages(rewards):
     """(r_j - mean_{i != j} r_i) / G, unbiased for the gradient of E[r(x, y)]: rewards [P, G] -> [P, G]."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
 
-
 # ---- Loss and update ------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Group:
@@ -587,7 +551,6 @@ class Group:
 
     def __getitem__(self, rows):
         return Group(self.prompt, self.samples[rows], self.advantages[rows])
-
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     """Log-probs of `targets` [M] and entropies, both [M] fp32, from hidden states [M, d], a chunk of logits at a time:
@@ -602,7 +565,6 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     chunks = [recompute(chunk_logprobs, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
     return tuple(map(torch.cat, zip(*chunks)))
 
-
 def length_buckets(lengths, slack=1.1):
     """Row numbers in groups whose lengths are within a factor `slack` of each other."""
     buckets, limit = [], 0
@@ -612,7 +574,6 @@ def length_buckets(lengths, slack=1.1):
             limit = slack * lengths[row]
         buckets[-1].append(row)
     return buckets
-
 
 def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
     """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion;
@@ -655,14 +616,12 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
     place, zeros = tuple(torch.cat(where, 1)), torch.zeros(mask.shape, device=device)
     return tuple(zeros.index_put(place, torch.cat(values)) for values in zip(*flat))
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. At the first update of a rollout the
     ratio is 1, and the gradient is plain REINFORCE: minus sum advantage * grad log pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
     return -(surrogate * mask).sum()
-
 
 def micro_batches(groups, budget, share_prefix=True):
     """Groups of like prompts together, at most `budget` tokens each, stacked; a larger group is split, down to one completion.
@@ -687,16 +646,13 @@ def micro_batches(groups, budget, share_prefix=True):
                    for name in ("tokens", "logprobs", "mask")]
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
-
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
 
 def make_optimizer(model, config):
     """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
     return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one
@@ -754,9 +710,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
             "trained_tokens": int(tokens), "skipped": int(not finite)}
 
-
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages -----------------------------------
-
 
 def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator):
     """sample, and the completions as strings: [len(prompts)] lists of `num_samples`."""
@@ -764,12 +718,10 @@ def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator
     texts = [policy.tokenizer.decode(row[:n]) for row, n in zip(samples.tokens.tolist(), samples.mask.sum(-1).tolist())]
     return samples, [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
 
-
 def search(policy, task, problems, config, num_samples, generator):
     """`num_samples` traces of each problem -> (prompts, Samples, texts [P][num_samples])."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
     return prompts, *sample_texts(policy, prompts, config.max_trace_tokens, config, num_samples, generator)
-
 
 def aggregate(policy, task, problems, sets, config, num_samples, generator):
     """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]. -> (prompts, Samples, texts)."""
@@ -778,11 +730,9 @@ def aggregate(policy, task, problems, sets, config, num_samples, generator):
     prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts, config.max_prompt_tokens) for problem, texts in zip(problems, sets)]
     return prompts, *sample_texts(policy, prompts, config.max_aggregation_tokens, config, num_samples, generator)
 
-
 def rewards_of(task, problems, texts, device=None):
     """Verifier on texts[p][...] -> tensor [P, G] of 0 and 1."""
     return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
-
 
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people. One generator
@@ -817,12 +767,10 @@ def rollout(policy, task, problems, config, generators):
             record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": [group, *set_groups[mine]]}
     return records
 
-
 def problem_at(problems, seed, i):
     """The i-th problem of an endless stream, shuffled anew each time through."""
     epoch, place = divmod(i, len(problems))
     return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
-
 
 def collect(policy, task, problems, cursor, config):
     """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times that
@@ -837,7 +785,6 @@ def collect(policy, task, problems, cursor, config):
         useful, cursor = [record for record in records if any((group.advantages != 0).any() for group in record["groups"])], end
         found = int(add_up(torch.tensor(len(useful))))
     return records, useful, found, cursor
-
 
 def statistics(task, records, useful, config):
     """What a step looks like, over all problems drawn, in all processes. Rates and means are per completion; lengths in tokens."""
@@ -861,7 +808,6 @@ def statistics(task, records, useful, config):
     sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))
     return {key: above / max(below, 1) for key, (above, below) in zip(rates, sums.tolist())} | dict(zip(counts, totals.tolist()))
 
-
 def transcript(task, record):
     """One problem as a person reads it: traces, the best set, its aggregations, rewards and advantages."""
     block = lambda text: "\n".join("    " + line for line in text.strip().split("\n"))    # noqa: E731
@@ -878,9 +824,7 @@ def transcript(task, record):
             lines += [f"aggregation {m + 1}   reward {reward:.0f}   advantage {advantage:+.3f}", block(text)]
     return "\n".join(lines) + "\n"
 
-
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
-
 
 def pass_at_k(num_samples, num_correct, k):
     """Unbiased estimate of the chance that one of k samples is right, from num_correct of num_samples (arXiv 2107.03374).
@@ -889,12 +833,10 @@ def pass_at_k(num_samples, num_correct, k):
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
-
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
-
 
 def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random.
@@ -911,7 +853,6 @@ def recursive_self_aggregation(policy, task, problems, config, population=None, 
         history.append([flat[i:i + size] for i in range(0, len(flat), size)])
     return history
 
-
 def solve(policy, task, problem, config, generator=None, show=print):
     """The pipeline as a tool: `population` traces, then `rsa_steps` of recursive self-aggregation, then a vote. Returns the answer
     (None: there is none); `show` is called with a line of progress after each."""
@@ -922,7 +863,6 @@ def solve(policy, task, problem, config, generator=None, show=print):
         votes = Counter(task.answer(text) or "no answer" for text in texts[0])
         show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
     return majority_vote(map(task.answer, texts[0]))
-
 
 def evaluate(policy, task, problems, config, seed=0):
     """Held-out accuracy of each way to use the policy, all at config.temperature: (a flat dict of numbers, a record of each problem)."""
@@ -947,10 +887,8 @@ def evaluate(policy, task, problems, config, seed=0):
         {"prompt": task.prompt(problem), "traces": texts, "trace_rewards": row, "aggregations": [text for (text,) in flat[i * per:(i + 1) * per]],
          "rewards": right[i * per:(i + 1) * per].tolist()} for i, (problem, texts, row) in enumerate(zip(problems, traces, rewards.tolist()))]
 
-
 # ---- Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is ----
 # a function of (seed, step), so there are no random states to keep.
-
 
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON."""
@@ -972,11 +910,9 @@ def save_checkpoint(folder, state, policy, optimizer):
         os.fsync(descriptor)
         os.close(descriptor)
 
-
 def checkpoints(out):
     """Folders of the run's checkpoints, the newest first."""
     return sorted(Path(out).glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1, reverse=True)
-
 
 def newest_checkpoint(out):
     """(folder, state) of the newest checkpoint that is whole, or (None, None). Names those that are not."""
@@ -991,7 +927,6 @@ def newest_checkpoint(out):
         print(f"{folder} is damaged ({', '.join(torn)}): going on with the one before", flush=True)
     return None, None
 
-
 def load_optimizer(optimizer, folder):
     saved, masters = {}, optimizer.param_groups[0]["params"]
     for name, value in load_file(folder / "optimizer.safetensors").items():
@@ -1002,9 +937,7 @@ def load_optimizer(optimizer, folder):
             saved.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
 # ---- Training -------------------------------------------------------------------------------------------------------
-
 
 def diagnosis(stats, config, dtype=torch.float32):
     """Plain lines about what people otherwise puzzle over."""
@@ -1028,10 +961,8 @@ def diagnosis(stats, config, dtype=torch.float32):
     if stats["skipped"]:
         yield "loss or gradient is not finite: step skipped, weights unchanged"
 
-
 def run_folder(config):
     return Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
-
 
 def start(config, task, out):
     """A new run, or the one that `out` holds: (policy, optimizer, state), the metrics cut back to the checkpoint."""
@@ -1053,7 +984,6 @@ def start(config, task, out):
         aside.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
         os.replace(aside, metrics)
     return policy, optimizer, state
-
 
 def train(config):
     """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
@@ -1115,7 +1045,6 @@ def train(config):
         report(policy, task, config, out)
     return 0
 
-
 def report(policy, task, config, out):
     """The table, on problems that never occur in training; also to evaluation.jsonl, and each problem's texts and rewards to
     records-*.jsonl. config.steps 0: of this policy alone."""
@@ -1131,9 +1060,7 @@ def report(policy, task, config, out):
     for key, value in columns[name].items():
         print(f"{key:<18}" + (f"{columns['before'][key]:10.3f}{value:10.3f}{value - columns['before'][key]:+10.3f}" if config.steps else f"{value:10.3f}"))
 
-
 # ---- Command line ---------------------------------------------------------------------------------------------------
-
 
 PRESETS = {     # plain data; what the paper doesn't disclose is ours, and comes after the #
     "paper": dict(num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5,
@@ -1142,7 +1069,6 @@ PRESETS = {     # plain data; what the paper doesn't disclose is ours, and comes
 }
 PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
 PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B
-
 
 def parse_config(arguments=None):
     parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
@@ -1156,7 +1082,6 @@ def parse_config(arguments=None):
     options = vars(parser.parse_args(arguments))
     del options["preset"]
     return Config(**options)
-
 
 def main(arguments=None):
     transformers_logging.disable_progress_bar()
@@ -1180,7 +1105,6 @@ def main(arguments=None):
     except (ValueError, OSError, SafetensorError) as error:      # a full disk among them
         print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

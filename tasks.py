@@ -23,7 +23,6 @@ ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer:
 WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")    # each is one token to the tiny policy
 MAX_ANSWER, MAX_DIGITS, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 9, 20, 20_000, 3
 
-
 def extract_answer(text):
     """The rest of the line after the last "Answer:", cleaned of decoration; None when there is none (or it is empty)."""
     start = text.rfind("Answer:")
@@ -31,7 +30,6 @@ def extract_answer(text):
         return None
     line = text[start + len("Answer:"):][:MAX_ANSWER].lstrip().split("\n")[0]
     return line.lstrip(" \t\r$*`").rstrip(" \t\r.$*`") or None           # .5 keeps its point
-
 
 def evaluate(expression):
     """(value, integers) of an arithmetic expression with + - * / and parentheses, as (Fraction, list of int).
@@ -81,11 +79,9 @@ def evaluate(expression):
         raise ValueError("not an expression")
     return value, integers
 
-
 def split_of(text):
     """The split a problem belongs to for ever, by a checksum: a tenth each "validation" and "test", the rest "train"."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
-
 
 class Task:
     """What the generated tasks share: splits, and the demonstrations of an aggregation."""
@@ -113,14 +109,12 @@ class Task:
         good = [trace for trace, ok in zip(traces, passed) if ok and self.answer(trace)]
         return audit + ("\n".join(rng.choice(good).split("\n")[-2:]) if good else self.trace(problem, rng))
 
-
 def apply(a, operator, b, limit):
     """a operator b as a non-negative integer up to `limit`, or None."""
     if operator == "/":
         return a // b if b and a % b == 0 else None
     value = a + b if operator == "+" else a - b if operator == "-" else a * b
     return value if 0 <= value <= limit else None
-
 
 def write(items):
     """(text, precedence) of `left operator right`, with only the parentheses it needs. items: (text, precedence) pairs."""
@@ -129,7 +123,6 @@ def write(items):
     left = f"({left})" if p < mine else left
     right = f"({right})" if q < mine or (q == mine and operator in "-/") else right
     return f"{left}{operator}{right}", mine
-
 
 class Countdown(Task):
     """Reach a target with each given number used exactly once. Solvable by construction: a problem is a random solution."""
@@ -198,7 +191,6 @@ class Countdown(Task):
                 return text + ANSWER + expression
         return text + ANSWER + "none"
 
-
 class Arithmetic(Task):
     """Compute an expression of several operations."""
 
@@ -256,7 +248,6 @@ class Arithmetic(Task):
                 break
         return text + ANSWER + str(value)
 
-
 def final_answer(text):
     """What the last \boxed{...} with balanced braces holds, else the last "Answer:" line, else ""."""
     for rest in reversed(text.split(r"\boxed{")[1:]):
@@ -266,7 +257,6 @@ def final_answer(text):
             if depth == 0:
                 return rest[:i]
     return extract_answer(text) or ""
-
 
 def normal(answer):
     """One spelling for answers that mean the same at first sight: undecorated, numbers as exact fractions in lowest terms."""
@@ -282,9 +272,7 @@ def normal(answer):
     plain = len(number) <= 60 and re.fullmatch(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]+\.?|[0-9]*\.[0-9]+)", number)
     return str(Fraction(number)) if plain else answer
 
-
 worker, lock = None, threading.Lock()       # the process that asks math-verify; False: it doesn't start
-
 
 @functools.lru_cache(maxsize=100_000)       # the completions of a problem mostly agree
 def equivalent(right, answer):
@@ -306,7 +294,6 @@ def equivalent(right, answer):
         worker = process
         return reply == "1\n"
     return False
-
 
 def serve(seconds):
     """The worker: a line 1 or 0 for each line [right answer, answer] of standard input, until that ends. When a pair takes too
@@ -337,7 +324,6 @@ def serve(seconds):
         verdict = int(same(json.loads(line)))
         signal.alarm(0)
         print(verdict, file=replies, flush=True)
-
 
 class Math:
     """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
@@ -395,9 +381,7 @@ class Math:
         decided = answer == right or not answer or all(re.fullmatch(r"-?[0-9/]+", number) for number in (answer, right))
         return float(answer == right if decided else equivalent(problem["answer"].replace("$", ""), raw.replace("$", "")))
 
-
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
-
 
 def make_task(name, data=""):
     """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a file `data`. Raises
@@ -412,7 +396,6 @@ def make_task(name, data=""):
         return TASKS[kind](*[data] * bool(data), **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"task {name}: {error}") from None
-
 
 if __name__ == "__main__":
     serve(int(sys.argv[1]))
