@@ -28,10 +28,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 import tasks
 
@@ -43,8 +42,7 @@ def option(default, text, choices=None, low=None):
 
 @dataclass
 class Config:
-    algo: str = option("spiral", "spiral; grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral",
-                       ("spiral", "grpo", "grpo-agg"))
+    algo: str = option("spiral", "grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral", ("spiral", "grpo", "grpo-agg"))
     task: str = option("countdown", 'countdown, arithmetic or math, with options: "countdown:numbers=4,high=30"')
     data: str = option("", 'problems of --task math: a JSONL of {"problem": ..., "answer": ...}')
     model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
@@ -57,8 +55,7 @@ class Config:
     num_sets: int = option(4, "K: sets per problem")
     num_aggregations: int = option(4, "N2: aggregation traces per set")
     balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
-    estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
-                            ("leave-one-out", "published"))
+    estimator: str = option("leave-one-out", "exactly unbiased; or published: self-inclusive means, mean marginal", ("leave-one-out", "published"))
     search_weight: float = option(0.05, "weight of the search term; 1 is the exact joint gradient", low=0)
     # Training
     steps: int = option(30, "training steps; 0: evaluate only", low=0)
@@ -78,8 +75,7 @@ class Config:
     max_aggregation_tokens: int = option(96, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
-    dtype: str = option("auto", "of the weights; bf16 ones are trained through fp32 copies. auto: bf16 for your own model on a GPU",
-                        ("auto", "fp32", "bf16"))
+    dtype: str = option("auto", "of the weights; bf16 ones train by fp32 copies. auto: bf16 for your own model on a GPU", ("auto", "fp32", "bf16"))
     lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
     keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
     # Evaluation, use and records
@@ -94,27 +90,26 @@ class Config:
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
+        def need(fine, name, text):
+            if not fine:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: {text}")
+
         for f in fields(self):
             value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
-            if choices and value not in choices:
-                raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(choices)}")
-            if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 if low is None else value >= low)):
-                raise ValueError(f"--{flag(f.name)} {value}: must be {'above 0' if low is None else f'at least {low}'}")
-        distinct = math.comb(self.num_traces, self.set_size)
+            need(not choices or value in choices, f.name, f"choose from {choices}")
+            fine = type(value) not in (int, float) or math.isfinite(value) and (value > 0 if low is None else value >= low)
+            need(fine, f.name, "must be above 0" if low is None else f"must be at least {low}")
         for name in {"grpo": (), "grpo-agg": ("num_traces", "num_aggregations"), "spiral": ("num_sets", "num_aggregations")}[self.algo]:
-            if getattr(self, name) < 2:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: the baseline of one is the mean of the others; use at least 2")
-        for bad, text in (
-                (self.set_size > self.num_traces, f"--set-size {self.set_size} is more than --num-traces {self.num_traces}"),
-                (self.num_sets > distinct, f"--num-sets {self.num_sets}: {self.num_traces} traces have only {distinct} distinct sets of {self.set_size}"),
-                (self.balanced and self.algo != "grpo" and self.num_sets * self.set_size % self.num_traces,
-                 f"--balanced needs --num-sets times --set-size to be a multiple of --num-traces {self.num_traces}; or say --no-balanced"),
-                (self.eval_traces % self.set_size, f"--eval-traces {self.eval_traces} must be a multiple of --set-size {self.set_size}"),
-                (self.rsa_steps and not self.set_size <= self.population <= self.eval_traces,
-                 f"--population {self.population} must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}"),
-                (self.clip >= 1, f"--clip {self.clip}: must be below 1")):
-            if bad:
-                raise ValueError(text)
+            need(getattr(self, name) > 1, name, "the baseline of one is the mean of the others; use at least 2")
+        distinct, balanced = math.comb(self.num_traces, self.set_size), self.num_sets * self.set_size % self.num_traces == 0
+        need(self.set_size <= self.num_traces, "set_size", f"more than --num-traces {self.num_traces}")
+        need(self.num_sets <= distinct, "num_sets", f"{self.num_traces} traces have only {distinct} distinct sets of {self.set_size}")
+        need(balanced or not self.balanced or self.algo == "grpo", "num_sets", "balanced sets need --num-sets times --set-size to be a multiple "
+             f"of --num-traces {self.num_traces}; or say --no-balanced")
+        need(self.eval_traces % self.set_size == 0, "eval_traces", f"must be a multiple of --set-size {self.set_size}")
+        need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
+             f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
+        need(self.clip < 1, "clip", "must be below 1")
         pick_device(self.device)
 
 def flag(name):
@@ -157,8 +152,7 @@ class TinyTokenizer:
         special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
         pattern = "|".join(map(re.escape, tasks.WORDS)) + r"|[0-9]{1,3}|[\s\S]"
         self.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.eos_id, self.size = special["<end>"], self.encoding.n_vocab
-        self.eos_ids = [self.eos_id]
+        self.size, self.eos_id, self.eos_ids = self.encoding.n_vocab, special["<end>"], [special["<end>"]]
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -183,17 +177,15 @@ class HubTokenizer:
         if not self.eos_ids:
             raise ValueError(f"{path} names no end-of-sequence token")
         self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
-        added = [str(token) for token in self.hf.added_tokens_decoder.values()]
-        self.markers = [marker for marker in {*self.hf.all_special_tokens, *added} if marker.strip()]
+        self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, self.hf.added_tokens_decoder.values())} if m.strip()]
 
     def encode(self, text):
         return self.hf.encode(text, add_special_tokens=False)
 
     def chat(self, text):
-        if self.hf.chat_template:
-            message = [{"role": "user", "content": text}]
-            return self.hf.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        return self.hf.encode(text)
+        if not self.hf.chat_template:
+            return self.hf.encode(text)
+        return self.hf.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
 
     def decode(self, tokens):
         return self.hf.decode(tokens, skip_special_tokens=True)
@@ -212,16 +204,14 @@ def load_tokenizer(config):
     adapters = Path(path) / "adapter_config.json"           # a checkpoint of a LoRA run holds these alone
     base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
-    return path, settings, TinyTokenizer() if tiny else HubTokenizer(path)
+    return path, settings, TinyTokenizer() if getattr(settings, "spiral_tokenizer", None) == "tiny" else HubTokenizer(path)
 
 def load_policy(config):
-    """The policy named by config.model; with config.lora_rank its weights are frozen and adapters of that rank are trained. Raises
-    ValueError or OSError when there is none."""
+    """The policy that config.model names; config.lora_rank: frozen, with adapters to train. Raises ValueError or OSError when there is none."""
     (path, _, tokenizer), device = load_tokenizer(config), pick_device(config.device)
-    auto = "bf16" if device.type == "cuda" and isinstance(tokenizer, HubTokenizer) else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype if config.dtype != "auto" else auto]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
+    half = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda" and isinstance(tokenizer, HubTokenizer))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa",
+                                                 use_safetensors=True, trust_remote_code=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank:
@@ -460,18 +450,16 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
 # ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
 
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
-    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled.
-
-    Uniform without replacement; or balanced: each trace in K n / N1 sets, by cutting up permutations of the traces until they
-    fit. Raises ValueError when there are no such sets.
-    """
+    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled. Uniform without
+    replacement; or balanced: each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError
+    when there are no such sets."""
     if not 1 <= set_size <= num_traces or num_sets > math.comb(num_traces, set_size) or (balanced and num_sets * set_size % num_traces):
         raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
-    common, sets = math.gcd(num_traces, set_size), {}
+    block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, {}
     for _ in range(10_000 * num_sets):
-        shuffled = [torch.randperm(num_traces, generator=generator) for _ in range(set_size // common if balanced else 1)]
-        block = torch.cat(shuffled).view(-1, set_size).tolist() if balanced else [shuffled[0][:set_size].tolist()]
+        shuffled = torch.cat([torch.randperm(num_traces, generator=generator) for _ in range(math.ceil(block_size / num_traces))])
+        block = shuffled[:block_size].view(-1, set_size).tolist()
         new = {frozenset(s): s for s in block}
         fits = len(new) == len(block) and all(len(s) == set_size for s in new) and not new.keys() & sets.keys()
         sets = sets | new if fits else {} if balanced and torch.rand((), generator=generator) < 0.05 else sets    # out of dead ends
@@ -488,20 +476,16 @@ def neutralise(text, markers):
     return text
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """The problem's prompt and the numbered candidate traces (strings) -> tokens of the aggregation prompt.
-
-    When that is more than `max_tokens` (0: no limit), candidates lose their beginnings, for answers come last: short ones
-    stay whole, the others share the room equally. Raises ValueError when the problem leaves no room.
-    """
+    """The problem's prompt and the numbered candidate traces (strings) -> tokens of the aggregation prompt. When these are more than
+    `max_tokens` (0: no limit), candidates lose their beginnings, for answers come last: short ones stay whole, the others share the
+    room equally. Raises ValueError when the problem leaves no room."""
     def build(texts):
         listed = (CANDIDATE.format(i + 1) + text + CANDIDATE_END for i, text in enumerate(texts))
         return tokenizer.chat(prompt + "".join(listed) + AGGREGATE)
 
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-    tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], None
+    tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], max_tokens - len(build([""] * len(traces)))
     while max_tokens and len(tokens) > max_tokens:
-        # the first time all the room there is; then less, as cutting can change how the text splits into tokens
-        room = max_tokens - len(build([""] * len(texts))) if room is None else room - (len(tokens) - max_tokens)
         if room < len(texts):
             raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
         left, limits = room, [0] * len(texts)
@@ -509,17 +493,15 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
             limits[i] = min(len(bodies[i]), left // (len(texts) - rank))
             left -= limits[i]
         tokens = build([tokenizer.decode(body[len(body) - limit:]) for body, limit in zip(bodies, limits)])
+        room -= len(tokens) - max_tokens                     # cutting can change how the text splits into tokens: then once more
     return tokens
 
 # ---- Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate ----
 # of grad J (paper.md section 5; the tests check it by enumeration). No division by a standard deviation anywhere.
 
 def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
-    """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1].
-
-    A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). Other sets with the same trace cancel the
-    fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j.
-    """
+    """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1]. A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)).
+    Other sets with the same trace cancel the fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j."""
     (_, num_sets, set_size), scores = sets.shape, rewards.mean(-1)                     # f_k: [P, K]
     member = torch.nn.functional.one_hot(sets, num_traces).sum(2).to(scores.dtype)     # [P, K, N1]
     advantages = scores - scores.mean(1, keepdim=True)                                 # [P, K]
@@ -567,22 +549,18 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
 
 def length_buckets(lengths, slack=1.1):
     """Row numbers in groups whose lengths are within a factor `slack` of each other."""
-    buckets, limit = [], 0
+    buckets = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if lengths[row] > limit:
+        if not buckets or lengths[row] > slack * lengths[buckets[-1][0]]:
             buckets.append([])
-            limit = slack * lengths[row]
         buckets[-1].append(row)
     return buckets
 
 def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
-    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion;
-    tokens, mask [B, T], each row True from its start.
-
-    share_prefix: a prompt runs once, forward and backward, however many completions read its keys and values. Exact: the
-    same gradients as with one whole sequence for each completion, which is the other path.
-    """
-    device, flat, where = tokens.device, [], []
+    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask
+    [B, T], each row True from its start. share_prefix: a prompt runs once, forward and backward, however many completions read its
+    keys and values. Exact: the same gradients as with one whole sequence for each completion, which is the other path."""
+    device, parts = tokens.device, []
     lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
     if share_prefix:
         prefix = DynamicCache()
@@ -592,7 +570,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
         rows = torch.tensor(rows, device=device)
         mine, width = owner[rows], int(mask[rows].sum(-1).max())
         completion, present = tokens[rows, :width], mask[rows, :width]                                      # [b, t]
-        steps = torch.arange(width, device=device)
+        steps, (row, step) = torch.arange(width, device=device), present.nonzero(as_tuple=True)             # [t], [M] of the M tokens
         positions = lengths[mine][:, None] + steps                                                          # [b, t]
         if share_prefix:
             cache, hidden = DynamicCache(), last[mine][:, None]                                             # predicts the first token
@@ -606,15 +584,13 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
                 later = hidden_states(model, completion[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True,
                                       attention_mask=attention_mask(model, seen, positions[:, :-1], keys))
                 hidden = torch.cat([hidden, later], 1)                                                      # [b, t, d]
+            hidden = hidden[row, step]
         else:
-            rest = [row[:n] for row, n in zip(completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad([prompts[u] + row for u, row in zip(mine.tolist(), rest)], 0, device), use_cache=False)
-            index = (positions - 1).clamp(max=hidden.shape[1] - 1)
-            hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        flat.append(token_logprobs(model, hidden[present], completion[present], temperature))
-        where.append(torch.stack([rows[:, None].expand_as(present)[present], steps.expand_as(present)[present]]))
-    place, zeros = tuple(torch.cat(where, 1)), torch.zeros(mask.shape, device=device)
-    return tuple(zeros.index_put(place, torch.cat(values)) for values in zip(*flat))
+            whole = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
+            hidden = hidden_states(model, pad(whole, 0, device), use_cache=False)[row, positions[row, step] - 1]      # [M, d]
+        parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
+    row, step, *values = map(torch.cat, zip(*parts))
+    return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. At the first update of a rollout the
@@ -658,20 +634,19 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one
     denominator of the whole batch, so the gradient doesn't depend on the micro-batches. Completions without an advantage
     contribute nothing and are left out. NaN or inf never reaches the weights: the step is skipped."""
-    if not config.kl:
-        groups = [group[group.advantages != 0] for group in groups]
+    groups = [group if config.kl else group[group.advantages != 0] for group in groups]
     groups = [group for group in groups if len(group.advantages)]
     completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
-    budget, model, masters = config.micro_batch_tokens, policy.model, optimizer.param_groups[0]["params"]
+    model, masters, share_prefix = policy.model, optimizer.param_groups[0]["params"], not config.gradient_checkpointing
     for module in model.modules():                           # the model stays in eval mode: no dropout, as in the sampler
         module.training = config.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
     while True:
         optimizer.zero_grad(set_to_none=True)
         model.zero_grad(set_to_none=True)
-        loss_sum = tokens_sum = difference = 0.0
+        sums = torch.zeros(3, dtype=torch.float64)           # loss, tokens, difference of the log-probs from the sampler's
         try:
-            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget, not config.gradient_checkpointing):
-                inputs = (prompts, owner, tokens, mask, config.temperature, not config.gradient_checkpointing)
+            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, config.micro_batch_tokens, share_prefix):
+                inputs = (prompts, owner, tokens, mask, config.temperature, share_prefix)
                 logprobs, _ = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
                 if config.kl:                                 # unbiased, non-negative estimate of KL(policy || start)
@@ -684,22 +659,21 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
                     if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
                         master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
                         parameter.grad = None
-                loss_sum, tokens_sum = loss_sum + loss.item() / num_problems, tokens_sum + int(mask.sum())
-                difference += (logprobs - old_logprobs).abs().sum().item()
+                difference = (logprobs - old_logprobs).abs().sum()
+                sums += torch.tensor([loss.item() / num_problems, mask.sum().item(), difference.item()], dtype=torch.float64)
             break
         except torch.OutOfMemoryError:
-            budget //= 2
-            if budget < 64:
+            if config.micro_batch_tokens < 128:
                 raise
-            print(f"out of memory: going on with --micro-batch-tokens {budget}", flush=True)
-            config.micro_batch_tokens = budget
+            config.micro_batch_tokens //= 2
+            print(f"out of memory: going on with --micro-batch-tokens {config.micro_batch_tokens}", flush=True)
             torch.cuda.empty_cache()
     model.eval()
     for master in masters if dist.is_initialized() else ():
         master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
-    loss, tokens, difference = add_up(torch.tensor([loss_sum, tokens_sum, difference], dtype=torch.float64)).tolist()
+    loss, tokens, difference = add_up(sums).tolist()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
         optimizer.step()
