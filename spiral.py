@@ -86,34 +86,27 @@ class Config:
     population: int = option(8, "population of recursive self-aggregation")
     save_every: int = option(10, "steps between checkpoints; the last two are kept")
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
+    dry_run: bool = option(False, "print what a run needs (parameters, tokens, memory) and whether it fits, and stop; loads no weights")
     ask: str = option("", "answer this question with the whole pipeline, and stop: \"3 5 7 26\" to reach 26 with 3, 5 and 7")
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
         def need(fine, name, text):
             if not fine:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: {text}")
-
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {text}")
         for f in fields(self):
             value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
             need(not choices or value in choices, f.name, f"choose from {choices}")
-            fine = type(value) not in (int, float) or math.isfinite(value) and (value > 0 if low is None else value >= low)
-            need(fine, f.name, "must be above 0" if low is None else f"must be at least {low}")
+            need(type(value) in (bool, str) or (math.isfinite(value) and (value > 0 if low is None else value >= low)), f.name,
+                 "must be above 0" if low is None else f"must be at least {low}")
         for name in {"grpo": (), "grpo-agg": ("num_traces", "num_aggregations"), "spiral": ("num_sets", "num_aggregations")}[self.algo]:
             need(getattr(self, name) > 1, name, "the baseline of one is the mean of the others; use at least 2")
-        distinct, balanced = math.comb(self.num_traces, self.set_size), self.num_sets * self.set_size % self.num_traces == 0
-        need(self.set_size <= self.num_traces, "set_size", f"more than --num-traces {self.num_traces}")
-        need(self.num_sets <= distinct, "num_sets", f"{self.num_traces} traces have only {distinct} distinct sets of {self.set_size}")
-        need(balanced or not self.balanced or self.algo == "grpo", "num_sets", "balanced sets need --num-sets times --set-size to be a multiple "
-             f"of --num-traces {self.num_traces}; or say --no-balanced")
+        draw_sets(self.num_traces, self.set_size, self.num_sets, torch.Generator(), self.balanced and self.algo != "grpo")
         need(self.eval_traces % self.set_size == 0, "eval_traces", f"must be a multiple of --set-size {self.set_size}")
         need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
              f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
         need(self.clip < 1, "clip", "must be below 1")
         pick_device(self.device)
-
-def flag(name):
-    return name.replace("_", "-")
 
 def pick_device(name):
     """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
@@ -144,7 +137,6 @@ TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
 class TinyTokenizer:
     """A tiktoken encoding built here: bytes as the fallback, integers below 1000, the tasks' phrases and the role markers
     as single tokens. The same readable prompts as for large models thus cost the tiny one a handful of tokens."""
-
     def __init__(self):
         words = [*tasks.WORDS, *(str(n) for n in range(10, 1000))]
         ranks = {bytes([b]): b for b in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
@@ -154,19 +146,15 @@ class TinyTokenizer:
         self.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.size, self.eos_id, self.eos_ids = self.encoding.n_vocab, special["<end>"], [special["<end>"]]
 
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+    def encode(self, text): return self.encoding.encode_ordinary(text)
+    def decode(self, tokens): return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
 
     def chat(self, text):
         """A prompt's tokens; markers in `text` become role markers (see `neutralise`)."""
         return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
 
-    def decode(self, tokens):
-        return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
-
 class HubTokenizer:
     """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
-
     def __init__(self, path):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         try:
@@ -179,16 +167,13 @@ class HubTokenizer:
         self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
         self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, self.hf.added_tokens_decoder.values())} if m.strip()]
 
-    def encode(self, text):
-        return self.hf.encode(text, add_special_tokens=False)
+    def encode(self, text): return self.hf.encode(text, add_special_tokens=False)
+    def decode(self, tokens): return self.hf.decode(tokens, skip_special_tokens=True)
 
     def chat(self, text):
         if not self.hf.chat_template:
             return self.hf.encode(text)
         return self.hf.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
-
-    def decode(self, tokens):
-        return self.hf.decode(tokens, skip_special_tokens=True)
 
 @dataclass
 class Policy:
@@ -250,8 +235,7 @@ def head(model, hidden, temperature):
     return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
 
 def attention_mask(model, allowed, query_positions, key_positions):
-    """`allowed` [B, Q, T] (True = attend) in the form the model takes, sliding windows included. SDPA takes bool masks;
-    eager attention would misread them, so load_policy asks for SDPA."""
+    """`allowed` [B, Q, T] (True = attend) as the model takes it, with sliding windows. load_policy asks for SDPA: eager misreads bool masks."""
     settings = model.config.get_text_config()
     kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
     near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window) if window else allowed
@@ -272,9 +256,7 @@ class Samples:
     logprobs: torch.Tensor       # [B, T] float32, of the sampled tokens at the sampling temperature; 0 where mask is False
     mask: torch.Tensor           # [B, T] bool, True up to and including EOS
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
-
-    def __getitem__(self, rows):
-        return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
+    def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values [slots, heads, T, D]. In a decoding step, slot b writes at its own column."""
@@ -312,10 +294,9 @@ def most_slots(model, length, device):
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    room = 1 << 30
-    if device.type == "cuda":
-        room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
-    return max(1, room // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
+    free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            if device.type == "cuda" else 2 << 30)
+    return max(1, free // 2 // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
 
 def draw_tokens(logits, uniforms, greedy):
     """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
@@ -450,11 +431,11 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
 # ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
 
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
-    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled. Uniform without
-    replacement; or balanced: each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError
-    when there are no such sets."""
+    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each shuffled. Uniform without replacement; or balanced:
+    each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError when there are no such sets."""
     if not 1 <= set_size <= num_traces or num_sets > math.comb(num_traces, set_size) or (balanced and num_sets * set_size % num_traces):
-        raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
+        raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces: "
+                         "change --num-sets, --set-size or --num-traces" + ", or say --no-balanced" * balanced)
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
     block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, {}
     for _ in range(10_000 * num_sets):
@@ -476,13 +457,11 @@ def neutralise(text, markers):
     return text
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """The problem's prompt and the numbered candidate traces (strings) -> tokens of the aggregation prompt. When these are more than
-    `max_tokens` (0: no limit), candidates lose their beginnings, for answers come last: short ones stay whole, the others share the
-    room equally. Raises ValueError when the problem leaves no room."""
+    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no limit) these lose their beginnings, for
+    answers come last: short ones stay whole, the others share the room equally. Raises ValueError when the problem leaves no room."""
     def build(texts):
         listed = (CANDIDATE.format(i + 1) + text + CANDIDATE_END for i, text in enumerate(texts))
         return tokenizer.chat(prompt + "".join(listed) + AGGREGATE)
-
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], max_tokens - len(build([""] * len(traces)))
     while max_tokens and len(tokens) > max_tokens:
@@ -496,8 +475,8 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
         room -= len(tokens) - max_tokens                     # cutting can change how the text splits into tokens: then once more
     return tokens
 
-# ---- Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate ----
-# of grad J (paper.md section 5; the tests check it by enumeration). No division by a standard deviation anywhere.
+# ---- Advantages. Leave-one-out: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) is unbiased for grad J (paper.md section 5). ----
+# The tests check it by enumeration. No division by a standard deviation anywhere.
 
 def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
     """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1]. A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)).
@@ -530,17 +509,13 @@ class Group:
     prompt: list                 # token ids
     samples: Samples             # [G, T]
     advantages: torch.Tensor     # [G]
-
-    def __getitem__(self, rows):
-        return Group(self.prompt, self.samples[rows], self.advantages[rows])
+    def __getitem__(self, rows): return Group(self.prompt, self.samples[rows], self.advantages[rows])
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
-    """Log-probs of `targets` [M] and entropies, both [M] fp32, from hidden states [M, d], a chunk of logits at a time:
-    memory O(chunk x V), as the backward pass computes each chunk's logits again."""
+    """Log-probs of `targets` [M] and entropies, [M] fp32, from hidden states [M, d]; chunks of logits are made again in the backward pass."""
     def chunk_logprobs(hidden, targets):
         logprobs = head(model, hidden, temperature).log_softmax(-1)                    # [chunk, V]
         return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).detach().sum(-1)
-
     size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:
         return chunk_logprobs(hidden, targets)
@@ -593,8 +568,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
     return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. At the first update of a rollout the
-    ratio is 1, and the gradient is plain REINFORCE: minus sum advantage * grad log pi."""
+    """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. First update: REINFORCE, minus sum advantage * grad log pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
     return -(surrogate * mask).sum()
@@ -604,7 +578,6 @@ def micro_batches(groups, budget, share_prefix=True):
     Yields prompts (lists), owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
     def size(group):
         return len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())
-
     def split(group):
         half = len(group.advantages) // 2
         return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
@@ -711,7 +684,6 @@ def rewards_of(task, problems, texts, device=None):
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people. One generator
     a problem: what it samples doesn't depend on the batch, nor on the process that samples it."""
-    device = policy.device
     num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
 
     def groups_of(prompts, samples, advantages):
@@ -721,24 +693,23 @@ def rollout(policy, task, problems, config, generators):
         return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
 
     prompts, samples, traces = search(policy, task, problems, config, num_traces, generators)
-    trace_rewards = rewards_of(task, problems, traces, device)                            # [P, N1]; spiral only reports them
-    records = [{"problem": x, "traces": texts, "trace_rewards": r} for x, texts, r in zip(problems, traces, trace_rewards)]
+    trace_rewards = rewards_of(task, problems, traces, policy.device)                     # [P, N1]; spiral only reports them
     credit = grpo_advantages(trace_rewards)                                               # [P, N1]
     if config.algo != "grpo":
         sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, g, config.balanced) for g in generators])       # [P, K, n]
         owners, their = ([x for x in row for _ in range(config.num_sets)] for row in (problems, generators))                      # [P * K]
         chosen = [[texts[j] for j in s] for texts, drawn in zip(traces, sets.tolist()) for s in drawn]
         set_prompts, set_samples, texts = aggregate(policy, task, owners, chosen, config, config.num_aggregations, their)
-        rewards = rewards_of(task, owners, texts, device).view(len(problems), config.num_sets, -1)                       # [P, K, N2]
+        rewards = rewards_of(task, owners, texts, policy.device).view(len(problems), config.num_sets, -1)                         # [P, K, N2]
         if config.algo == "spiral":
-            credit = search_advantages(rewards, sets.to(device), num_traces, config.balanced, config.estimator)
+            credit = search_advantages(rewards, sets.to(policy.device), num_traces, config.balanced, config.estimator)
         credit = config.search_weight * credit
         set_groups = groups_of(set_prompts, set_samples, aggregation_advantages(rewards, config.estimator).flatten(0, 1))
-    for p, (record, group) in enumerate(zip(records, groups_of(prompts, samples, credit))):
-        record["groups"] = [group]
-        if config.algo != "grpo":
-            mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
-            record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": [group, *set_groups[mine]]}
+    records = [{"problem": problem, "traces": texts, "trace_rewards": r, "groups": [group]}
+               for problem, texts, r, group in zip(problems, traces, trace_rewards, groups_of(prompts, samples, credit))]
+    for p, record in enumerate(records if config.algo != "grpo" else ()):
+        mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
+        record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": record["groups"] + set_groups[mine]}
     return records
 
 def problem_at(problems, seed, i):
@@ -747,9 +718,9 @@ def problem_at(problems, seed, i):
     return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
 
 def collect(policy, task, problems, cursor, config):
-    """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times that
-    number. Returns (all records, those to train on, how many these are over all processes, the cursor behind the last problem
-    drawn). Each process takes every `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
+    """Dynamic sampling: roll out until config.problems have an advantage that is not zero, or max_draws times as many are drawn. Returns
+    (all records, those to train on, their number over all processes, the cursor behind the last problem). Each process takes every
+    `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
     records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
     while found < config.problems and cursor < limit:
         end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
@@ -762,19 +733,18 @@ def collect(policy, task, problems, cursor, config):
 
 def statistics(task, records, useful, config):
     """What a step looks like, over all problems drawn, in all processes. Rates and means are per completion; lengths in tokens."""
-    final = [record["rewards" if "rewards" in record else "trace_rewards"] for record in records]
+    total = lambda tensors: (sum(x.sum().item() for x in tensors), sum(x.numel() for x in tensors))                   # noqa: E731
+    final = [record.get("rewards", record["trace_rewards"]) for record in records]
     texts = [text for r in records for text in (itertools.chain(*r["aggregations"]) if "rewards" in r else r["traces"])]
-    traces = [record["trace_rewards"] for record in records]
-    over = lambda tensors, f: (float(sum(f(x) for x in tensors)), sum(x.numel() for x in tensors))                    # noqa: E731
-    rates = {"answer_reward": over(final, torch.sum), "trace_reward": over(traces, torch.sum),
-             "all_right": (sum(bool((x == 1).all()) for x in final), len(final)), "all_wrong": (sum(bool((x == 0).all()) for x in final), len(final)),
+    rates = {"answer_reward": total(final), "trace_reward": total([record["trace_rewards"] for record in records]),
+             "all_right": total([(x == 1).all() for x in final]), "all_wrong": total([(x == 0).all() for x in final]),
              "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
     counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefilled_tokens": 0}
     for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
         groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
-        tokens, rows = sum(int(g.samples.mask.sum()) for g in groups), sum(len(g.advantages) for g in groups)
-        rates |= {f"{role}_length": (tokens, rows), f"{role}_truncated": (sum(int(g.samples.truncated.sum()) for g in groups), rows),
-                  f"{role}_entropy": (-sum(g.samples.logprobs.sum().item() for g in groups), tokens)}                  # E[-log pi]
+        tokens, truncated = total([g.samples.mask for g in groups])[0], total([g.samples.truncated for g in groups])
+        rates |= {f"{role}_length": (tokens, truncated[1]), f"{role}_truncated": truncated,
+                  f"{role}_entropy": (-total([g.samples.logprobs for g in groups])[0], tokens)}                        # E[-log pi]
         counts["sampled_tokens"] += tokens
         counts["prefilled_tokens"] += sum(len(g.prompt) for g in groups)
         if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
@@ -801,8 +771,7 @@ def transcript(task, record):
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the chance that one of k samples is right, from num_correct of num_samples (arXiv 2107.03374).
-    Raises ValueError when k > num_samples."""
+    """Unbiased estimate of the chance that one of k samples is right (arXiv 2107.03374). Raises ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
@@ -813,23 +782,19 @@ def majority_vote(answers):
     return votes.most_common(1)[0][0] if votes else None
 
 def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
-    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random.
-
-    population: [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step,
-    [steps + 1][P][population].
-    """
+    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random. population:
+    [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step, [steps + 1][P][population]."""
     history = [population or search(policy, task, problems, config, config.population, generator)[2]]
     size = len(history[0][0])
     owners = [problem for problem in problems for _ in range(size)]
     for _ in range(steps):
-        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size].tolist()] for texts in history[-1] for _ in range(size)]
+        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size]] for texts in history[-1] for _ in range(size)]
         flat = [texts[0] for texts in aggregate(policy, task, owners, sets, config, 1, generator)[2]]
         history.append([flat[i:i + size] for i in range(0, len(flat), size)])
     return history
 
 def solve(policy, task, problem, config, generator=None, show=print):
-    """The pipeline as a tool: `population` traces, then `rsa_steps` of recursive self-aggregation, then a vote. Returns the answer
-    (None: there is none); `show` is called with a line of progress after each."""
+    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Returns the answer or None; `show` gets a line after each."""
     texts = search(policy, task, [problem], config, config.population, generator)[2]
     for step in range(config.rsa_steps + 1):
         if step:
@@ -840,15 +805,13 @@ def solve(policy, task, problem, config, generator=None, show=print):
 
 def evaluate(policy, task, problems, config, seed=0):
     """Held-out accuracy of each way to use the policy, all at config.temperature: (a flat dict of numbers, a record of each problem)."""
-    generator, n, per = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces // config.set_size
-    _, samples, traces = search(policy, task, problems, config, config.eval_traces, generator)
+    generator, n, size = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces
+    _, samples, traces = search(policy, task, problems, config, size, generator)
     rewards = rewards_of(task, problems, traces)                                          # [P, S]
-    scores = {f"pass@{k}": float(np.mean([pass_at_k(config.eval_traces, int(c), k) for c in rewards.sum(1).tolist()]))
-              for k in (2 ** i for i in range(config.eval_traces.bit_length()))}
-    votes = [[majority_vote([task.answer(text) for text in texts])] for texts in traces]
-    scores[f"majority@{config.eval_traces}"] = rewards_of(task, problems, [[f"{tasks.ANSWER}{vote}"] for (vote,) in votes]).mean().item()
-    owners = [problem for problem in problems for _ in range(per)]
-    sets = [texts[i:i + n] for texts in traces for i in range(0, config.eval_traces, n)]
+    scores = {f"pass@{k}": float(np.mean([pass_at_k(size, int(c), k) for c in rewards.sum(1)])) for k in (2 ** i for i in range(size.bit_length()))}
+    votes = [[f"{tasks.ANSWER}{majority_vote(map(task.answer, texts))}"] for texts in traces]
+    scores[f"majority@{size}"] = rewards_of(task, problems, votes).mean().item()
+    owners, sets = zip(*((problem, texts[i:i + n]) for problem, texts in zip(problems, traces) for i in range(0, size, n)))        # [P * S/n] both
     _, answers, flat = aggregate(policy, task, owners, sets, config, 1, generator)
     right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
     scores |= {f"aggregate@{n}": right.mean().item(), "hopeless sets": hopeless.float().mean().item(),
@@ -856,13 +819,13 @@ def evaluate(policy, task, problems, config, seed=0):
     history = recursive_self_aggregation(policy, task, problems, config, [texts[:config.population] for texts in traces], config.rsa_steps, generator)
     scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
     lengths = samples.mask.sum(-1).float()
-    return scores | {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
-                     "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}, [
-        {"prompt": task.prompt(problem), "traces": texts, "trace_rewards": row, "aggregations": [text for (text,) in flat[i * per:(i + 1) * per]],
-         "rewards": right[i * per:(i + 1) * per].tolist()} for i, (problem, texts, row) in enumerate(zip(problems, traces, rewards.tolist()))]
+    scores |= {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
+               "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}
+    texts, right, per = [text for (text,) in flat], right.tolist(), size // n
+    return scores, [{"prompt": task.prompt(problem), "traces": traces[p], "trace_rewards": rewards[p].tolist(),
+                     "aggregations": texts[p * per:(p + 1) * per], "rewards": right[p * per:(p + 1) * per]} for p, problem in enumerate(problems)]
 
-# ---- Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is ----
-# a function of (seed, step), so there are no random states to keep.
+# ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON."""
@@ -893,7 +856,7 @@ def newest_checkpoint(out):
     for folder in checkpoints(out):
         try:
             state = json.loads((folder / "state.json").read_text())
-            torn = [name for name, value in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != value]
+            torn = [name for name, sha in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha]
         except (OSError, ValueError, KeyError, TypeError) as error:
             torn = [f"state.json ({type(error).__name__})"]
         if not torn:
@@ -925,7 +888,7 @@ def diagnosis(stats, config, dtype=torch.float32):
     if stats.get(f"{final}_truncated", 0) > 0.5:
         yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise --max-{'trace' if final == 'search' else final}-tokens"
     if stats.get("prompts_at_limit", 0) > 0.1:
-        yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates have grown, and lose their beginnings"
+        yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"
     if stats["no_answer"] > 0.9:
         yield f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"
     if stats["search_entropy"] < 0.02:
@@ -935,12 +898,9 @@ def diagnosis(stats, config, dtype=torch.float32):
     if stats["skipped"]:
         yield "loss or gradient is not finite: step skipped, weights unchanged"
 
-def run_folder(config):
-    return Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
-
-def start(config, task, out):
+def start(config, out):
     """A new run, or the one that `out` holds: (policy, optimizer, state), the metrics cut back to the checkpoint."""
-    (folder, state), initial = newest_checkpoint(out), {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}
+    folder, state = newest_checkpoint(out)
     if folder:
         changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
         if fatal := {"algo", "task", "data", "model", "seed", "train_problems", "lora_rank", "dtype"} & set(changed):
@@ -950,7 +910,7 @@ def start(config, task, out):
     optimizer = make_optimizer(policy.model, config)
     if folder:
         load_optimizer(optimizer, folder)
-    state = {name: state[name] for name in initial} if folder else initial
+    state = state or {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}
     metrics, aside = out / "metrics.jsonl", out / "metrics.unfinished"
     if world()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -959,42 +919,39 @@ def start(config, task, out):
         os.replace(aside, metrics)
     return policy, optimizer, state
 
-def train(config):
+def train(task, config, out):
     """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
-    task, out, (rank, processes) = tasks.make_task(config.task, config.data), run_folder(config), world()
+    (rank, processes), interrupted = world(), []
     problems = task.problems("train", config.train_problems, config.seed)
     check_fit(config, task, problems + (task.problems(config.eval_split, config.eval_problems, 0) if config.eval_problems else []))
-    policy, optimizer, state = start(config, task, out)
+    policy, optimizer, state = start(config, out)
     start_model = load_policy(config).model if config.kl else None
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
     print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
           f"{f' and {processes - 1} more' if processes > 1 else ''}; everything goes to {out}/", flush=True)
-    interrupted = []
-
     def interrupt(number, frame):
         if interrupted:
             os._exit(128 + number)
         interrupted.append(number)
         print("finishing this step, then saving; once more stops at once", flush=True)
-
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop = False
+    handlers, stop = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}, False
     while state["step"] < config.steps and not stop:
         began, step = time.time(), state["step"] + 1
         records, useful, found, cursor = collect(policy, task, problems, state["cursor"], config)
         sampled = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
+        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
         groups = [group for record in useful for group in record["groups"]]
         results = [update(policy, optimizer, groups, max(1, found), config, start_model) for _ in range(config.updates)]
         stats = {"step": step, **statistics(task, records, useful, config), **results[0], "skipped": sum(r["skipped"] for r in results)}
         stop = bool(add_up(torch.tensor(len(interrupted))))
-        state |= {"step": step, "cursor": cursor, "bad": state["bad"] + 1 if stats["skipped"] else 0, "recent": state["recent"] + [stats["answer_reward"]]}
+        bad = state["bad"] + 1 if stats["skipped"] else 0                     # steps in a row
+        state |= {"step": step, "cursor": cursor, "bad": bad, "recent": state["recent"] + [stats["answer_reward"]]}
         if rank == 0:
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(stats) + "\n")
-        print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
-              f"entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  {sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
+        print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  "
+              f"gradient {stats['grad_norm']:.2f}  entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  "
+              f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
         for line in diagnosis(stats, config, policy.model.dtype):
             print(f"  note: {line}", flush=True)
         if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
@@ -1020,27 +977,27 @@ def train(config):
     return 0
 
 def report(policy, task, config, out):
-    """The table, on problems that never occur in training; also to evaluation.jsonl, and each problem's texts and rewards to
-    records-*.jsonl. config.steps 0: of this policy alone."""
+    """The table, on problems never trained on; also to evaluation.jsonl, and all texts to records-*.jsonl. steps 0: of this policy alone."""
     held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("before", "after") if config.steps else (config.model,):
         print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
         columns[name], records = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
         with (out / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}) + "\n")
+            row = {"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}
+            file.write(json.dumps(row) + "\n")
         (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
     for key, value in columns[name].items():
-        print(f"{key:<18}" + (f"{columns['before'][key]:10.3f}{value:10.3f}{value - columns['before'][key]:+10.3f}" if config.steps else f"{value:10.3f}"))
+        before = columns.get("before", {}).get(key)
+        print(f"{key:<18}" + (f"{before:10.3f}{value:10.3f}{value - before:+10.3f}" if config.steps else f"{value:10.3f}"))
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-PRESETS = {     # plain data; what the paper doesn't disclose is ours, and comes after the #
-    "paper": dict(num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5,
-                  lora_rank=32, problems=256, temperature=1.0, kl=0.0,      #
-                  dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50),
-}
+PRESETS = {"paper": dict(       # plain data; the last line is ours, as the paper doesn't disclose it
+    num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5, lora_rank=32,
+    problems=256, temperature=1.0, kl=0.0,
+    dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50)}
 PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
 PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B
 
@@ -1048,14 +1005,12 @@ def parse_config(arguments=None):
     parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: (print(f"spiral.py: {message}", file=sys.stderr), sys.exit(2))
-    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (experiments/plan.py)")
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (see --dry-run)")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + flag(f.name), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args(arguments)[0].preset, {}))
-    options = vars(parser.parse_args(arguments))
-    del options["preset"]
-    return Config(**options)
+    return Config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "preset"})
 
 def main(arguments=None):
     transformers_logging.disable_progress_bar()
@@ -1066,13 +1021,18 @@ def main(arguments=None):
             dist.init_process_group()
         if world()[0]:
             sys.stdout = open(os.devnull, "w")                           # one process speaks for all
-        if config.steps and not config.ask:
-            return train(config)
-        task, policy = tasks.make_task(config.task, config.data), load_policy(config)
+        if config.dry_run:
+            sys.path.insert(0, str(TINY.parent))
+            import plan
+            return plan.show(config)
+        task = tasks.make_task(config.task, config.data)
+        out = Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
         if config.ask:
-            print(f"answer: {solve(policy, task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
+            print(f"answer: {solve(load_policy(config), task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
+        elif config.steps:
+            return train(task, config, out)
         else:
-            report(policy, task, config, run_folder(config))
+            report(load_policy(config), task, config, out)
         return 0
     except torch.OutOfMemoryError:
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)

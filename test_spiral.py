@@ -1567,6 +1567,19 @@ def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):
     assert hidden.requires_grad and planned["update"] == pytest.approx(sum(count for count, _ in saved.values()), rel=0.15)
 
 
+@pytest.mark.parametrize("gigabytes", [None, 0.1, 1000])
+def test_a_dry_run_says_what_it_takes_and_whether_it_fits(gigabytes, tmp_path, monkeypatch, capsys):
+    folder = hub_folder(tmp_path / "model", Qwen3Config(**HUB_SIZES, head_dim=8))
+    monkeypatch.setattr(spiral, "load_policy", lambda config: (_ for _ in ()).throw(AssertionError("weights were loaded")))
+    monkeypatch.chdir(tmp_path)
+    if gigabytes:                                               # a GPU, as far as the plan asks
+        monkeypatch.setattr(spiral, "pick_device", lambda name: torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 2 ** 30))
+    assert run("--preset", "24gb", "--model", folder, "--dry-run") == 0
+    printed, verdict = capsys.readouterr().out, {None: "it needs a GPU with ", 0.1: "it does NOT fit: ", 1000: "it fits: "}[gigabytes]
+    assert verdict in printed.splitlines()[-1] and all(part in printed for part in ("parameters", "sampled tokens", "weights", "cache")) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_presets_are_defaults_that_options_override():
     paper = spiral.parse_config(["--preset", "paper"])
     assert (paper.num_traces, paper.set_size, paper.num_sets, paper.num_aggregations) == (8, 4, 4, 4) and paper.temperature == 1 and paper.kl == 0
