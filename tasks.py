@@ -5,7 +5,6 @@
     prompt(problem) -> str                               the question, and the format of the answer
     answer(text) -> str or None                          what a completion answers (majority voting compares these)
     reward(problem, text) -> 0.0 or 1.0                  the verifier; `text` is a completion, any string at all
-
     question(text) -> problem                            what a person asks with --ask; ValueError when it makes no sense
 
 Completions are hostile input: the verifiers parse them, with bounds on length, depth and integer size, and never
@@ -15,12 +14,14 @@ Run as a program, this file is the worker process in which Math asks the math-ve
 
 import contextlib, functools, json, random, re, signal, subprocess, sys, threading, zlib  # noqa: E401
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
 COUNTDOWN = ("Use all the numbers, each exactly once, with + - * / and parentheses to reach the target.\nNumbers: ", "\nTarget: ",
              '\nThink step by step, then end with one line "Answer: <expression>".\n')
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
 WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")    # each is one token to the tiny policy
+OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
 MAX_ANSWER, MAX_DIGITS, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 9, 20, 20_000, 3
 
 def extract_answer(text):
@@ -32,10 +33,8 @@ def extract_answer(text):
     return line.lstrip(" \t\r$*`").rstrip(" \t\r.$*`") or None           # .5 keeps its point
 
 def evaluate(expression):
-    """(value, integers) of an arithmetic expression with + - * / and parentheses, as (Fraction, list of int).
-
-    Raises ValueError for anything else: over 200 characters, 9 digits or 20 parentheses deep, `**`, signs, division by 0.
-    """
+    """(value, integers) of an arithmetic expression with + - * / and parentheses, as (Fraction, list of int). Raises ValueError for
+    anything else: over 200 characters, 9 digits or 20 parentheses deep, `**`, signs, division by 0."""
     if len(expression) > MAX_ANSWER:
         raise ValueError("too long")
     tokens = re.findall(r"[0-9]+|\S", expression) + ["end"]
@@ -58,22 +57,17 @@ def evaluate(expression):
         integers.append(int(token))
         return Fraction(integers[-1])
 
-    def product(depth):
-        value = atom(depth)
-        while operator := take("*/"):
-            right = atom(depth)
+    def chain(operators, operand, depth):
+        value = operand(depth)
+        while operator := take(operators):
+            right = operand(depth)
             if operator == "/" and right == 0:
                 raise ValueError("division by zero")
-            value = value * right if operator == "*" else value / right
+            value = OPERATIONS[operator](value, right)
         return value
 
-    def summation(depth):
-        value = product(depth)
-        while operator := take("+-"):
-            right = product(depth)
-            value = value + right if operator == "+" else value - right
-        return value
-
+    product = functools.partial(chain, "*/", atom)
+    summation = functools.partial(chain, "+-", product)
     value = summation(0)
     if tokens != ["end"]:
         raise ValueError("not an expression")
@@ -85,7 +79,6 @@ def split_of(text):
 
 class Task:
     """What the generated tasks share: splits, and the demonstrations of an aggregation."""
-
     def problems(self, split, count, seed):
         """`count` distinct problems of the split. Raises ValueError when the task doesn't hold that many."""
         rng, found = random.Random(f"{split} {seed}"), {}
@@ -113,7 +106,7 @@ def apply(a, operator, b, limit):
     """a operator b as a non-negative integer up to `limit`, or None."""
     if operator == "/":
         return a // b if b and a % b == 0 else None
-    value = a + b if operator == "+" else a - b if operator == "-" else a * b
+    value = OPERATIONS[operator](a, b)
     return value if 0 <= value <= limit else None
 
 def write(items):
@@ -126,7 +119,6 @@ def write(items):
 
 class Countdown(Task):
     """Reach a target with each given number used exactly once. Solvable by construction: a problem is a random solution."""
-
     def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
             raise ValueError("countdown needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
@@ -158,8 +150,7 @@ class Countdown(Task):
             raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
         return {"numbers": numbers, "target": target}
 
-    def key(self, problem):
-        return f"{sorted(problem['numbers'])} {problem['target']}"
+    def key(self, problem): return f"{sorted(problem['numbers'])} {problem['target']}"
 
     def prompt(self, problem):
         numbers, target, end = COUNTDOWN
@@ -193,7 +184,6 @@ class Countdown(Task):
 
 class Arithmetic(Task):
     """Compute an expression of several operations."""
-
     def __init__(self, operations=3, high=20, max_value=400):
         if not 1 <= operations <= 8 or not 2 <= high <= 100 or not 10 <= max_value <= 999:
             raise ValueError("arithmetic needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
@@ -213,14 +203,9 @@ class Arithmetic(Task):
             else:
                 return {"expression": items[0][1][0], "value": items[0][0], "steps": steps}
 
-    def question(self, text):
-        return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
-
-    def key(self, problem):
-        return problem["expression"]
-
-    def prompt(self, problem):
-        return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
+    def question(self, text): return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
+    def key(self, problem): return problem["expression"]
+    def prompt(self, problem): return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
 
     def reward(self, problem, text):
         answer = self.answer(text) or ""
@@ -304,7 +289,6 @@ def serve(seconds):
     signal.alarm(60)
     from math_verify import LatexExtractionConfig, parse, verify
     import sympy.physics.units                          # reads texts by eval when first imported
-
     def number(code, *scopes):      # sympy reads even numbers by eval, and only numbers: no text is evaluated from here on
         kind, digits = re.fullmatch(r"(Integer|Float) \('?([0-9.]+)'? \)", code).groups()
         return getattr(sympy, kind)(digits)
@@ -328,7 +312,6 @@ def serve(seconds):
 class Math:
     """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
     "split": "train", "validation" or "test" (else a checksum decides). Of equal problems the first counts."""
-
     def __init__(self, path=""):
         self.path, self.rows = path, {}
         if not path:                                    # for `question` alone
@@ -366,14 +349,9 @@ class Math:
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 
-    def question(self, text):
-        return {"problem": text, "answer": ""}
-
-    def prompt(self, problem):
-        return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
-
-    def answer(self, text):
-        return normal(final_answer(text)) or None
+    def question(self, text): return {"problem": text, "answer": ""}
+    def prompt(self, problem): return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
+    def answer(self, text): return normal(final_answer(text)) or None
 
     def reward(self, problem, text):
         raw = final_answer(text)
