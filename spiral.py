@@ -886,7 +886,8 @@ def diagnosis(stats, config, dtype=torch.float32):
     elif stats["useful_problems"] < config.problems and config.max_draws > 1:
         yield f"only {stats['useful_problems']} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"
     if stats.get(f"{final}_truncated", 0) > 0.5:
-        yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise --max-{'trace' if final == 'search' else final}-tokens"
+        option_name = "--max-trace-tokens" if final == "search" else "--max-aggregation-tokens"
+        yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise {option_name}"
     if stats.get("prompts_at_limit", 0) > 0.1:
         yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"
     if stats["no_answer"] > 0.9:
@@ -929,11 +930,13 @@ def train(task, config, out):
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
     print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
           f"{f' and {processes - 1} more' if processes > 1 else ''}; everything goes to {out}/", flush=True)
+
     def interrupt(number, frame):
         if interrupted:
             os._exit(128 + number)
         interrupted.append(number)
         print("finishing this step, then saving; once more stops at once", flush=True)
+
     handlers, stop = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}, False
     while state["step"] < config.steps and not stop:
         began, step = time.time(), state["step"] + 1
