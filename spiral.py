@@ -10,7 +10,7 @@ rewarded (r_km, by the task's verifier). The objective, and its gradient:
 
     python spiral.py                                   # the tiny policy learns countdown: minutes on a laptop
     python spiral.py --algo grpo                       # the baseline, at the same budget of sampled tokens
-    python spiral.py --model runs/spiral-countdown-0/step-60 --steps 0      # evaluate a saved policy
+    python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0      # evaluate a saved policy
 
 Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a critic. Read from top to bottom:
 config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
@@ -28,25 +28,21 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 import tasks
 
 # ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
 
-
 def option(default, text, choices=None, low=None):
     """`low`: the least value allowed; without it it must be above 0."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low})
 
-
 @dataclass
 class Config:
-    algo: str = option("spiral", "spiral; grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral",
-                       ("spiral", "grpo", "grpo-agg"))
+    algo: str = option("spiral", "grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral", ("spiral", "grpo", "grpo-agg"))
     task: str = option("countdown", 'countdown, arithmetic or math, with options: "countdown:numbers=4,high=30"')
     data: str = option("", 'problems of --task math: a JSONL of {"problem": ..., "answer": ...}')
     model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
@@ -59,9 +55,8 @@ class Config:
     num_sets: int = option(4, "K: sets per problem")
     num_aggregations: int = option(4, "N2: aggregation traces per set")
     balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
-    estimator: str = option("leave-one-out", "leave-one-out: exactly unbiased; published: self-inclusive means, mean marginal",
-                            ("leave-one-out", "published"))
-    search_weight: float = option(0.05, "weight of the search term; 1 is the exact joint gradient", low=0)
+    estimator: str = option("leave-one-out", "exactly unbiased; or published: self-inclusive means, mean marginal", ("leave-one-out", "published"))
+    search_weight: float = option(1.0, "weight of the search term; 1 is the exact joint gradient", low=0)
     # Training
     steps: int = option(30, "training steps; 0: evaluate only", low=0)
     problems: int = option(16, "problems per step with an advantage that is not zero")
@@ -71,7 +66,7 @@ class Config:
     clip: float = option(0.2, "the importance ratio is clipped to [1 - clip, 1 + clip]; it matters when updates > 1")
     kl: float = option(0.0, "weight of the KL divergence from the start policy", low=0)
     target_length: int = option(0, "L_target: a longer completion gets no positive advantage; 0: off", low=0)
-    lr: float = option(2e-4, "learning rate (AdamW, constant after a linear warm-up)")
+    lr: float = option(1e-4, "learning rate (AdamW, constant after a linear warm-up)")
     warmup: int = option(5, "steps of linear warm-up", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     temperature: float = option(1.0, "of all sampling in training, and of the log-probs in the loss")
@@ -80,8 +75,7 @@ class Config:
     max_aggregation_tokens: int = option(96, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
-    dtype: str = option("auto", "of the weights; bf16 ones are trained through fp32 copies. auto: bf16 for your own model on a GPU",
-                        ("auto", "fp32", "bf16"))
+    dtype: str = option("auto", "of the weights; bf16 ones train by fp32 copies. auto: bf16 for your own model on a GPU", ("auto", "fp32", "bf16"))
     lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
     keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
     # Evaluation, use and records
@@ -92,37 +86,27 @@ class Config:
     population: int = option(8, "population of recursive self-aggregation")
     save_every: int = option(10, "steps between checkpoints; the last two are kept")
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
+    dry_run: bool = option(False, "print what a run needs (parameters, tokens, memory) and whether it fits, and stop; loads no weights")
     ask: str = option("", "answer this question with the whole pipeline, and stop: \"3 5 7 26\" to reach 26 with 3, 5 and 7")
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
+        def need(fine, name, text):
+            if not fine:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {text}")
         for f in fields(self):
             value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
-            if choices and value not in choices:
-                raise ValueError(f"--{flag(f.name)} {value}: choose from {', '.join(choices)}")
-            if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 if low is None else value >= low)):
-                raise ValueError(f"--{flag(f.name)} {value}: must be {'above 0' if low is None else f'at least {low}'}")
-        distinct = math.comb(self.num_traces, self.set_size)
+            need(not choices or value in choices, f.name, f"choose from {choices}")
+            need(type(value) in (bool, str) or (math.isfinite(value) and (value > 0 if low is None else value >= low)), f.name,
+                 "must be above 0" if low is None else f"must be at least {low}")
         for name in {"grpo": (), "grpo-agg": ("num_traces", "num_aggregations"), "spiral": ("num_sets", "num_aggregations")}[self.algo]:
-            if getattr(self, name) < 2:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: the baseline of one is the mean of the others; use at least 2")
-        for bad, text in (
-                (self.set_size > self.num_traces, f"--set-size {self.set_size} is more than --num-traces {self.num_traces}"),
-                (self.num_sets > distinct, f"--num-sets {self.num_sets}: {self.num_traces} traces have only {distinct} distinct sets of {self.set_size}"),
-                (self.balanced and self.algo != "grpo" and self.num_sets * self.set_size % self.num_traces,
-                 f"--balanced needs --num-sets times --set-size to be a multiple of --num-traces {self.num_traces}; or say --no-balanced"),
-                (self.eval_traces % self.set_size, f"--eval-traces {self.eval_traces} must be a multiple of --set-size {self.set_size}"),
-                (self.rsa_steps and not self.set_size <= self.population <= self.eval_traces,
-                 f"--population {self.population} must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}"),
-                (self.clip >= 1, f"--clip {self.clip}: must be below 1")):
-            if bad:
-                raise ValueError(text)
+            need(getattr(self, name) > 1, name, "the baseline of one is the mean of the others; use at least 2")
+        draw_sets(self.num_traces, self.set_size, self.num_sets, torch.Generator(), self.balanced and self.algo != "grpo")
+        need(self.eval_traces % self.set_size == 0, "eval_traces", f"must be a multiple of --set-size {self.set_size}")
+        need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
+             f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
+        need(self.clip < 1, "clip", "must be below 1")
         pick_device(self.device)
-
-
-def flag(name):
-    return name.replace("_", "-")
-
 
 def pick_device(name):
     """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
@@ -133,18 +117,15 @@ def pick_device(name):
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
 
-
 def world():
     """(rank, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def add_up(tensor):
     """The sum over the processes of torchrun, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
 
 # ---- Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs. -----------------
 
@@ -153,11 +134,9 @@ AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, 
              "disagreements, and if all are wrong try another way. Then end with the answer in the format asked for.\n")
 TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
 
-
 class TinyTokenizer:
     """A tiktoken encoding built here: bytes as the fallback, integers below 1000, the tasks' phrases and the role markers
     as single tokens. The same readable prompts as for large models thus cost the tiny one a handful of tokens."""
-
     def __init__(self):
         words = [*tasks.WORDS, *(str(n) for n in range(10, 1000))]
         ranks = {bytes([b]): b for b in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
@@ -165,23 +144,17 @@ class TinyTokenizer:
         special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
         pattern = "|".join(map(re.escape, tasks.WORDS)) + r"|[0-9]{1,3}|[\s\S]"
         self.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.eos_id, self.size = special["<end>"], self.encoding.n_vocab
-        self.eos_ids = [self.eos_id]
+        self.size, self.eos_id, self.eos_ids = self.encoding.n_vocab, special["<end>"], [special["<end>"]]
 
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+    def encode(self, text): return self.encoding.encode_ordinary(text)
+    def decode(self, tokens): return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
 
     def chat(self, text):
         """A prompt's tokens; markers in `text` become role markers (see `neutralise`)."""
         return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
 
-    def decode(self, tokens):
-        return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
-
-
 class HubTokenizer:
     """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
-
     def __init__(self, path):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         try:
@@ -192,21 +165,15 @@ class HubTokenizer:
         if not self.eos_ids:
             raise ValueError(f"{path} names no end-of-sequence token")
         self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
-        added = [str(token) for token in self.hf.added_tokens_decoder.values()]
-        self.markers = [marker for marker in {*self.hf.all_special_tokens, *added} if marker.strip()]
+        self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, self.hf.added_tokens_decoder.values())} if m.strip()]
 
-    def encode(self, text):
-        return self.hf.encode(text, add_special_tokens=False)
+    def encode(self, text): return self.hf.encode(text, add_special_tokens=False)
+    def decode(self, tokens): return self.hf.decode(tokens, skip_special_tokens=True)
 
     def chat(self, text):
-        if self.hf.chat_template:
-            message = [{"role": "user", "content": text}]
-            return self.hf.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        return self.hf.encode(text)
-
-    def decode(self, tokens):
-        return self.hf.decode(tokens, skip_special_tokens=True)
-
+        if not self.hf.chat_template:
+            return self.hf.encode(text)
+        return self.hf.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
 
 @dataclass
 class Policy:
@@ -216,24 +183,20 @@ class Policy:
     graphs: bool = False         # decode by replaying CUDA graphs
     slots: object = None         # memory of `sample`, which makes it
 
-
 def load_tokenizer(config):
     """(path, settings, tokenizer) of config.model, without its weights."""
     path = TINY if config.model == "tiny" else config.model
     adapters = Path(path) / "adapter_config.json"           # a checkpoint of a LoRA run holds these alone
     base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
-    return path, settings, TinyTokenizer() if tiny else HubTokenizer(path)
-
+    return path, settings, TinyTokenizer() if getattr(settings, "spiral_tokenizer", None) == "tiny" else HubTokenizer(path)
 
 def load_policy(config):
-    """The policy named by config.model; with config.lora_rank its weights are frozen and adapters of that rank are trained. Raises
-    ValueError or OSError when there is none."""
+    """The policy that config.model names; config.lora_rank: frozen, with adapters to train. Raises ValueError or OSError when there is none."""
     (path, _, tokenizer), device = load_tokenizer(config), pick_device(config.device)
-    auto = "bf16" if device.type == "cuda" and isinstance(tokenizer, HubTokenizer) else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype if config.dtype != "auto" else auto]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
+    half = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda" and isinstance(tokenizer, HubTokenizer))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa",
+                                                 use_safetensors=True, trust_remote_code=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank:
@@ -251,7 +214,6 @@ def load_policy(config):
             raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
     return Policy(model, tokenizer, device, graphs=device.type == "cuda")
 
-
 def check_fit(config, task, problems):
     """Raises ValueError when the longest problem, with candidates, can't fit; needs the tokenizer, not the weights."""
     _, settings, tokenizer = load_tokenizer(config)
@@ -262,11 +224,9 @@ def check_fit(config, task, problems):
     if needed > limit:
         raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
-
 def hidden_states(model, tokens, **inputs):
     """Last hidden states [B, T, d]: the model without its vocabulary head."""
     return model.base_model(input_ids=tokens, **inputs).last_hidden_state
-
 
 def head(model, hidden, temperature):
     """Logits at `temperature`, fp32 [..., V]."""
@@ -274,10 +234,8 @@ def head(model, hidden, temperature):
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
 
-
 def attention_mask(model, allowed, query_positions, key_positions):
-    """`allowed` [B, Q, T] (True = attend) in the form the model takes, sliding windows included. SDPA takes bool masks;
-    eager attention would misread them, so load_policy asks for SDPA."""
+    """`allowed` [B, Q, T] (True = attend) as the model takes it, with sliding windows. load_policy asks for SDPA: eager misreads bool masks."""
     settings = model.config.get_text_config()
     kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
     near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window) if window else allowed
@@ -285,15 +243,12 @@ def attention_mask(model, allowed, query_positions, key_positions):
         return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
     return (allowed if kinds else near)[:, None]            # [B, 1, Q, T]
 
-
 def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
 
-
 # ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
-
 
 @dataclass
 class Samples:
@@ -301,14 +256,10 @@ class Samples:
     logprobs: torch.Tensor       # [B, T] float32, of the sampled tokens at the sampling temperature; 0 where mask is False
     mask: torch.Tensor           # [B, T] bool, True up to and including EOS
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
-
-    def __getitem__(self, rows):
-        return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
-
+    def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values [slots, heads, T, D]. In a decoding step, slot b writes at its own column."""
-
     def __init__(self, keys, slots, length):
         super().__init__()
         self.keys, self.values = (keys.new_zeros(slots, keys.shape[1], length, keys.shape[3]) for _ in range(2))
@@ -325,11 +276,9 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self): return self.keys.shape[2]
     def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
 
-
 class Slots:
     """Memory of decoding: the cache, and the state and output of the completion in each slot. It stays with the policy from call to
     call: fresh memory is slow, and CUDA graphs hold its addresses."""
-
     def __init__(self, prefix, count, length, limit, device):
         self.length, self.limit, self.graphs = length, limit, {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
@@ -339,17 +288,14 @@ class Slots:
         self.uniforms = torch.zeros(count, limit + 1, dtype=torch.float64, device=device)
         self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()         # [slots, limit + 1]; the last column is trash
 
-
 def most_slots(model, length, device):
     """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    room = 1 << 30
-    if device.type == "cuda":
-        room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
-    return max(1, room // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
-
+    free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            if device.type == "cuda" else 2 << 30)
+    return max(1, free // 2 // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
 
 def draw_tokens(logits, uniforms, greedy):
     """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
@@ -361,12 +307,10 @@ def draw_tokens(logits, uniforms, greedy):
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
-
 def bucket(n):
     """n rounded up to one of at most eight sizes an octave: few shapes, little waste."""
     step = max(1, (1 << (n - 1).bit_length()) // 8)
     return -(-n // step) * step
-
 
 def capture(function, pool):
     """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
@@ -374,7 +318,6 @@ def capture(function, pool):
     with torch.cuda.graph(graph, pool=pool):
         function()
     return graph.replay
-
 
 @torch.no_grad()
 def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
@@ -484,30 +427,25 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     width = int(mask.sum(-1).max())
     return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
 
-
 # ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
 
-
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
-    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], the order in each set shuffled.
-
-    Uniform without replacement; or balanced: each trace in K n / N1 sets, by cutting up permutations of the traces until they
-    fit. Raises ValueError when there are no such sets.
-    """
+    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each shuffled. Uniform without replacement; or balanced:
+    each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError when there are no such sets."""
     if not 1 <= set_size <= num_traces or num_sets > math.comb(num_traces, set_size) or (balanced and num_sets * set_size % num_traces):
-        raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
+        raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces: "
+                         "change --num-sets, --set-size or --num-traces" + ", or say --no-balanced" * balanced)
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
-    common, sets = math.gcd(num_traces, set_size), {}
+    block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, {}
     for _ in range(10_000 * num_sets):
-        shuffled = [torch.randperm(num_traces, generator=generator) for _ in range(set_size // common if balanced else 1)]
-        block = torch.cat(shuffled).view(-1, set_size).tolist() if balanced else [shuffled[0][:set_size].tolist()]
+        shuffled = torch.cat([torch.randperm(num_traces, generator=generator) for _ in range(math.ceil(block_size / num_traces))])
+        block = shuffled[:block_size].view(-1, set_size).tolist()
         new = {frozenset(s): s for s in block}
         fits = len(new) == len(block) and all(len(s) == set_size for s in new) and not new.keys() & sets.keys()
         sets = sets | new if fits else {} if balanced and torch.rand((), generator=generator) < 0.05 else sets    # out of dead ends
         if len(sets) == num_sets:
             return torch.tensor(list(sets.values()))
     raise ValueError(f"found no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
-
 
 def neutralise(text, markers):
     """Sampled text made harmless: it can't close its candidate, open another, or write a special token of the tokenizer."""
@@ -517,22 +455,15 @@ def neutralise(text, markers):
             text = text.replace(marker, " ")
     return text
 
-
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """The problem's prompt and the numbered candidate traces (strings) -> tokens of the aggregation prompt.
-
-    When that is more than `max_tokens` (0: no limit), candidates lose their beginnings, for answers come last: short ones
-    stay whole, the others share the room equally. Raises ValueError when the problem leaves no room.
-    """
+    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no limit) these lose their beginnings, for
+    answers come last: short ones stay whole, the others share the room equally. Raises ValueError when the problem leaves no room."""
     def build(texts):
         listed = (CANDIDATE.format(i + 1) + text + CANDIDATE_END for i, text in enumerate(texts))
         return tokenizer.chat(prompt + "".join(listed) + AGGREGATE)
-
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-    tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], None
+    tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], max_tokens - len(build([""] * len(traces)))
     while max_tokens and len(tokens) > max_tokens:
-        # the first time all the room there is; then less, as cutting can change how the text splits into tokens
-        room = max_tokens - len(build([""] * len(texts))) if room is None else room - (len(tokens) - max_tokens)
         if room < len(texts):
             raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
         left, limits = room, [0] * len(texts)
@@ -540,19 +471,15 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
             limits[i] = min(len(bodies[i]), left // (len(texts) - rank))
             left -= limits[i]
         tokens = build([tokenizer.decode(body[len(body) - limit:]) for body, limit in zip(bodies, limits)])
+        room -= len(tokens) - max_tokens                     # cutting can change how the text splits into tokens: then once more
     return tokens
 
-
-# ---- Advantages. "Leave-one-out" makes sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) an exactly unbiased estimate ----
-# of grad J (paper.md section 5; the tests check it by enumeration). No division by a standard deviation anywhere.
-
+# ---- Advantages. Leave-one-out: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) is unbiased for grad J (paper.md section 5). ----
+# The tests check it by enumeration. No division by a standard deviation anywhere.
 
 def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
-    """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1].
-
-    A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). Other sets with the same trace cancel the
-    fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j.
-    """
+    """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1]. A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)).
+    Other sets with the same trace cancel the fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j."""
     (_, num_sets, set_size), scores = sets.shape, rewards.mean(-1)                     # f_k: [P, K]
     member = torch.nn.functional.one_hot(sets, num_traces).sum(2).to(scores.dtype)     # [P, K, N1]
     advantages = scores - scores.mean(1, keepdim=True)                                 # [P, K]
@@ -564,20 +491,16 @@ def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leav
          (math.comb(num_traces - 1, set_size - 1) - 1) / (math.comb(num_traces, set_size) - 1))
     return summed / ((num_sets - 1) * (1 - p))
 
-
 def aggregation_advantages(rewards, estimator="leave-one-out"):
     """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2]. "published": r_km - mean_m r_km."""
     advantages = rewards - rewards.mean(-1, keepdim=True)
     return advantages if estimator == "published" else advantages / ((rewards.shape[-1] - 1) * rewards.shape[1])
 
-
 def grpo_advantages(rewards):
     """(r_j - mean_{i != j} r_i) / G, unbiased for the gradient of E[r(x, y)]: rewards [P, G] -> [P, G]."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
 
-
 # ---- Loss and update ------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Group:
@@ -585,44 +508,33 @@ class Group:
     prompt: list                 # token ids
     samples: Samples             # [G, T]
     advantages: torch.Tensor     # [G]
-
-    def __getitem__(self, rows):
-        return Group(self.prompt, self.samples[rows], self.advantages[rows])
-
+    def __getitem__(self, rows): return Group(self.prompt, self.samples[rows], self.advantages[rows])
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
-    """Log-probs of `targets` [M] and entropies, both [M] fp32, from hidden states [M, d], a chunk of logits at a time:
-    memory O(chunk x V), as the backward pass computes each chunk's logits again."""
+    """Log-probs of `targets` [M] and entropies, [M] fp32, from hidden states [M, d]; chunks of logits are made again in the backward pass."""
     def chunk_logprobs(hidden, targets):
         logprobs = head(model, hidden, temperature).log_softmax(-1)                    # [chunk, V]
         return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).detach().sum(-1)
-
     size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
     if len(targets) <= size:
         return chunk_logprobs(hidden, targets)
     chunks = [recompute(chunk_logprobs, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
     return tuple(map(torch.cat, zip(*chunks)))
 
-
 def length_buckets(lengths, slack=1.1):
     """Row numbers in groups whose lengths are within a factor `slack` of each other."""
-    buckets, limit = [], 0
+    buckets = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if lengths[row] > limit:
+        if not buckets or lengths[row] > slack * lengths[buckets[-1][0]]:
             buckets.append([])
-            limit = slack * lengths[row]
         buckets[-1].append(row)
     return buckets
 
-
 def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
-    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion;
-    tokens, mask [B, T], each row True from its start.
-
-    share_prefix: a prompt runs once, forward and backward, however many completions read its keys and values. Exact: the
-    same gradients as with one whole sequence for each completion, which is the other path.
-    """
-    device, flat, where = tokens.device, [], []
+    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask
+    [B, T], each row True from its start. share_prefix: a prompt runs once, forward and backward, however many completions read its
+    keys and values. Exact: the same gradients as with one whole sequence for each completion, which is the other path."""
+    device, parts = tokens.device, []
     lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
     if share_prefix:
         prefix = DynamicCache()
@@ -632,7 +544,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
         rows = torch.tensor(rows, device=device)
         mine, width = owner[rows], int(mask[rows].sum(-1).max())
         completion, present = tokens[rows, :width], mask[rows, :width]                                      # [b, t]
-        steps = torch.arange(width, device=device)
+        steps, (row, step) = torch.arange(width, device=device), present.nonzero(as_tuple=True)             # [t], [M] of the M tokens
         positions = lengths[mine][:, None] + steps                                                          # [b, t]
         if share_prefix:
             cache, hidden = DynamicCache(), last[mine][:, None]                                             # predicts the first token
@@ -646,31 +558,25 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
                 later = hidden_states(model, completion[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True,
                                       attention_mask=attention_mask(model, seen, positions[:, :-1], keys))
                 hidden = torch.cat([hidden, later], 1)                                                      # [b, t, d]
+            hidden = hidden[row, step]
         else:
-            rest = [row[:n] for row, n in zip(completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad([prompts[u] + row for u, row in zip(mine.tolist(), rest)], 0, device), use_cache=False)
-            index = (positions - 1).clamp(max=hidden.shape[1] - 1)
-            hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        flat.append(token_logprobs(model, hidden[present], completion[present], temperature))
-        where.append(torch.stack([rows[:, None].expand_as(present)[present], steps.expand_as(present)[present]]))
-    place, zeros = tuple(torch.cat(where, 1)), torch.zeros(mask.shape, device=device)
-    return tuple(zeros.index_put(place, torch.cat(values)) for values in zip(*flat))
-
+            whole = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
+            hidden = hidden_states(model, pad(whole, 0, device), use_cache=False)[row, positions[row, step] - 1]      # [M, d]
+        parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
+    row, step, *values = map(torch.cat, zip(*parts))
+    return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. At the first update of a rollout the
-    ratio is 1, and the gradient is plain REINFORCE: minus sum advantage * grad log pi."""
+    """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. First update: REINFORCE, minus sum advantage * grad log pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
     return -(surrogate * mask).sum()
-
 
 def micro_batches(groups, budget, share_prefix=True):
     """Groups of like prompts together, at most `budget` tokens each, stacked; a larger group is split, down to one completion.
     Yields prompts (lists), owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
     def size(group):
         return len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())
-
     def split(group):
         half = len(group.advantages) // 2
         return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
@@ -688,36 +594,32 @@ def micro_batches(groups, budget, share_prefix=True):
                    for name in ("tokens", "logprobs", "mask")]
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
-
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
 
 def make_optimizer(model, config):
     """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
     return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
-
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one
     denominator of the whole batch, so the gradient doesn't depend on the micro-batches. Completions without an advantage
     contribute nothing and are left out. NaN or inf never reaches the weights: the step is skipped."""
-    if not config.kl:
-        groups = [group[group.advantages != 0] for group in groups]
+    groups = [group if config.kl else group[group.advantages != 0] for group in groups]
     groups = [group for group in groups if len(group.advantages)]
     completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
-    budget, model, masters = config.micro_batch_tokens, policy.model, optimizer.param_groups[0]["params"]
+    model, masters, share_prefix = policy.model, optimizer.param_groups[0]["params"], not config.gradient_checkpointing
     for module in model.modules():                           # the model stays in eval mode: no dropout, as in the sampler
         module.training = config.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
     while True:
         optimizer.zero_grad(set_to_none=True)
         model.zero_grad(set_to_none=True)
-        loss_sum = tokens_sum = difference = 0.0
+        sums = torch.zeros(4, dtype=torch.float64)           # loss, tokens, difference of the log-probs from the sampler's, entropy
         try:
-            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, budget, not config.gradient_checkpointing):
-                inputs = (prompts, owner, tokens, mask, config.temperature, not config.gradient_checkpointing)
-                logprobs, _ = completion_logprobs(model, *inputs)
+            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, config.micro_batch_tokens, share_prefix):
+                inputs = (prompts, owner, tokens, mask, config.temperature, share_prefix)
+                logprobs, entropies = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
                 if config.kl:                                 # unbiased, non-negative estimate of KL(policy || start)
                     with torch.no_grad():
@@ -729,22 +631,21 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
                     if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
                         master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
                         parameter.grad = None
-                loss_sum, tokens_sum = loss_sum + loss.item() / num_problems, tokens_sum + int(mask.sum())
-                difference += (logprobs - old_logprobs).abs().sum().item()
+                parts = loss / num_problems, mask.sum(), (logprobs - old_logprobs).abs().sum(), entropies.sum()
+                sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
             break
         except torch.OutOfMemoryError:
-            budget //= 2
-            if budget < 64:
+            if config.micro_batch_tokens < 128:
                 raise
-            print(f"out of memory: going on with --micro-batch-tokens {budget}", flush=True)
-            config.micro_batch_tokens = budget
+            policy.slots, config.micro_batch_tokens = None, config.micro_batch_tokens // 2
+            print(f"out of memory: going on with --micro-batch-tokens {config.micro_batch_tokens}", flush=True)
             torch.cuda.empty_cache()
     model.eval()
     for master in masters if dist.is_initialized() else ():
         master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
-    loss, tokens, difference = add_up(torch.tensor([loss_sum, tokens_sum, difference], dtype=torch.float64)).tolist()
+    loss, tokens, difference, entropy = add_up(sums).tolist()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
         optimizer.step()
@@ -753,11 +654,9 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
                 parameter.copy_(master)
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
-            "trained_tokens": int(tokens), "skipped": int(not finite)}
-
+            "trained_tokens": int(tokens), "trained_entropy": entropy / max(tokens, 1), "skipped": int(not finite)}
 
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages -----------------------------------
-
 
 def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator):
     """sample, and the completions as strings: [len(prompts)] lists of `num_samples`."""
@@ -765,12 +664,10 @@ def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator
     texts = [policy.tokenizer.decode(row[:n]) for row, n in zip(samples.tokens.tolist(), samples.mask.sum(-1).tolist())]
     return samples, [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
 
-
 def search(policy, task, problems, config, num_samples, generator):
     """`num_samples` traces of each problem -> (prompts, Samples, texts [P][num_samples])."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
     return prompts, *sample_texts(policy, prompts, config.max_trace_tokens, config, num_samples, generator)
-
 
 def aggregate(policy, task, problems, sets, config, num_samples, generator):
     """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]. -> (prompts, Samples, texts)."""
@@ -779,16 +676,13 @@ def aggregate(policy, task, problems, sets, config, num_samples, generator):
     prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts, config.max_prompt_tokens) for problem, texts in zip(problems, sets)]
     return prompts, *sample_texts(policy, prompts, config.max_aggregation_tokens, config, num_samples, generator)
 
-
 def rewards_of(task, problems, texts, device=None):
     """Verifier on texts[p][...] -> tensor [P, G] of 0 and 1."""
     return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
 
-
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people. One generator
     a problem: what it samples doesn't depend on the batch, nor on the process that samples it."""
-    device = policy.device
     num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
 
     def groups_of(prompts, samples, advantages):
@@ -798,37 +692,34 @@ def rollout(policy, task, problems, config, generators):
         return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
 
     prompts, samples, traces = search(policy, task, problems, config, num_traces, generators)
-    trace_rewards = rewards_of(task, problems, traces, device)                            # [P, N1]; spiral only reports them
-    records = [{"problem": x, "traces": texts, "trace_rewards": r} for x, texts, r in zip(problems, traces, trace_rewards)]
+    trace_rewards = rewards_of(task, problems, traces, policy.device)                     # [P, N1]; spiral only reports them
     credit = grpo_advantages(trace_rewards)                                               # [P, N1]
     if config.algo != "grpo":
         sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, g, config.balanced) for g in generators])       # [P, K, n]
         owners, their = ([x for x in row for _ in range(config.num_sets)] for row in (problems, generators))                      # [P * K]
         chosen = [[texts[j] for j in s] for texts, drawn in zip(traces, sets.tolist()) for s in drawn]
         set_prompts, set_samples, texts = aggregate(policy, task, owners, chosen, config, config.num_aggregations, their)
-        rewards = rewards_of(task, owners, texts, device).view(len(problems), config.num_sets, -1)                       # [P, K, N2]
+        rewards = rewards_of(task, owners, texts, policy.device).view(len(problems), config.num_sets, -1)                         # [P, K, N2]
         if config.algo == "spiral":
-            credit = search_advantages(rewards, sets.to(device), num_traces, config.balanced, config.estimator)
+            credit = search_advantages(rewards, sets.to(policy.device), num_traces, config.balanced, config.estimator)
         credit = config.search_weight * credit
         set_groups = groups_of(set_prompts, set_samples, aggregation_advantages(rewards, config.estimator).flatten(0, 1))
-    for p, (record, group) in enumerate(zip(records, groups_of(prompts, samples, credit))):
-        record["groups"] = [group]
-        if config.algo != "grpo":
-            mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
-            record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": [group, *set_groups[mine]]}
+    records = [{"problem": problem, "traces": texts, "trace_rewards": r, "groups": [group]}
+               for problem, texts, r, group in zip(problems, traces, trace_rewards, groups_of(prompts, samples, credit))]
+    for p, record in enumerate(records if config.algo != "grpo" else ()):
+        mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
+        record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": record["groups"] + set_groups[mine]}
     return records
-
 
 def problem_at(problems, seed, i):
     """The i-th problem of an endless stream, shuffled anew each time through."""
     epoch, place = divmod(i, len(problems))
     return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
 
-
 def collect(policy, task, problems, cursor, config):
-    """Dynamic sampling: roll out until config.problems of them have an advantage that is not zero, within max_draws times that
-    number. Returns (all records, those to train on, how many these are over all processes, the cursor behind the last problem
-    drawn). Each process takes every `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
+    """Dynamic sampling: roll out until config.problems have an advantage that is not zero, or max_draws times as many are drawn. Returns
+    (all records, those to train on, their number over all processes, the cursor behind the last problem). Each process takes every
+    `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
     records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
     while found < config.problems and cursor < limit:
         end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
@@ -839,29 +730,26 @@ def collect(policy, task, problems, cursor, config):
         found = int(add_up(torch.tensor(len(useful))))
     return records, useful, found, cursor
 
-
 def statistics(task, records, useful, config):
     """What a step looks like, over all problems drawn, in all processes. Rates and means are per completion; lengths in tokens."""
-    final = [record["rewards" if "rewards" in record else "trace_rewards"] for record in records]
+    total = lambda tensors: (sum(x.sum().item() for x in tensors), sum(x.numel() for x in tensors))                   # noqa: E731
+    final = [record.get("rewards", record["trace_rewards"]) for record in records]
     texts = [text for r in records for text in (itertools.chain(*r["aggregations"]) if "rewards" in r else r["traces"])]
-    traces = [record["trace_rewards"] for record in records]
-    over = lambda tensors, f: (float(sum(f(x) for x in tensors)), sum(x.numel() for x in tensors))                    # noqa: E731
-    rates = {"answer_reward": over(final, torch.sum), "trace_reward": over(traces, torch.sum),
-             "all_right": (sum(bool((x == 1).all()) for x in final), len(final)), "all_wrong": (sum(bool((x == 0).all()) for x in final), len(final)),
+    rates = {"answer_reward": total(final), "trace_reward": total([record["trace_rewards"] for record in records]),
+             "all_right": total([(x == 1).all() for x in final]), "all_wrong": total([(x == 0).all() for x in final]),
              "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
     counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefilled_tokens": 0}
     for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
         groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
-        tokens, rows = sum(int(g.samples.mask.sum()) for g in groups), sum(len(g.advantages) for g in groups)
-        rates |= {f"{role}_length": (tokens, rows), f"{role}_truncated": (sum(int(g.samples.truncated.sum()) for g in groups), rows),
-                  f"{role}_entropy": (-sum(g.samples.logprobs.sum().item() for g in groups), tokens)}                  # E[-log pi]
+        tokens, truncated = total([g.samples.mask for g in groups])[0], total([g.samples.truncated for g in groups])
+        rates |= {f"{role}_length": (tokens, truncated[1]), f"{role}_truncated": truncated,
+                  f"{role}_entropy": (-total([g.samples.logprobs for g in groups])[0], tokens)}                        # E[-log pi]
         counts["sampled_tokens"] += tokens
         counts["prefilled_tokens"] += sum(len(g.prompt) for g in groups)
         if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
             rates["prompts_at_limit"] = (sum(len(g.prompt) > config.max_prompt_tokens - config.set_size for g in groups), len(groups))
     sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))
     return {key: above / max(below, 1) for key, (above, below) in zip(rates, sums.tolist())} | dict(zip(counts, totals.tolist()))
-
 
 def transcript(task, record):
     """One problem as a person reads it: traces, the best set, its aggregations, rewards and advantages."""
@@ -879,43 +767,33 @@ def transcript(task, record):
             lines += [f"aggregation {m + 1}   reward {reward:.0f}   advantage {advantage:+.3f}", block(text)]
     return "\n".join(lines) + "\n"
 
-
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
-
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the chance that one of k samples is right, from num_correct of num_samples (arXiv 2107.03374).
-    Raises ValueError when k > num_samples."""
+    """Unbiased estimate of the chance that one of k samples is right (arXiv 2107.03374). Raises ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
 
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
-
 def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
-    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random.
-
-    population: [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step,
-    [steps + 1][P][population].
-    """
+    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random. population:
+    [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step, [steps + 1][P][population]."""
     history = [population or search(policy, task, problems, config, config.population, generator)[2]]
     size = len(history[0][0])
     owners = [problem for problem in problems for _ in range(size)]
     for _ in range(steps):
-        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size].tolist()] for texts in history[-1] for _ in range(size)]
+        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size]] for texts in history[-1] for _ in range(size)]
         flat = [texts[0] for texts in aggregate(policy, task, owners, sets, config, 1, generator)[2]]
         history.append([flat[i:i + size] for i in range(0, len(flat), size)])
     return history
 
-
 def solve(policy, task, problem, config, generator=None, show=print):
-    """The pipeline as a tool: `population` traces, then `rsa_steps` of recursive self-aggregation, then a vote. Returns the answer
-    (None: there is none); `show` is called with a line of progress after each."""
+    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Returns the answer or None; `show` gets a line after each."""
     texts = search(policy, task, [problem], config, config.population, generator)[2]
     for step in range(config.rsa_steps + 1):
         if step:
@@ -924,18 +802,15 @@ def solve(policy, task, problem, config, generator=None, show=print):
         show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
     return majority_vote(map(task.answer, texts[0]))
 
-
 def evaluate(policy, task, problems, config, seed=0):
     """Held-out accuracy of each way to use the policy, all at config.temperature: (a flat dict of numbers, a record of each problem)."""
-    generator, n, per = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces // config.set_size
-    _, samples, traces = search(policy, task, problems, config, config.eval_traces, generator)
+    generator, n, size = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces
+    _, samples, traces = search(policy, task, problems, config, size, generator)
     rewards = rewards_of(task, problems, traces)                                          # [P, S]
-    scores = {f"pass@{k}": float(np.mean([pass_at_k(config.eval_traces, int(c), k) for c in rewards.sum(1).tolist()]))
-              for k in (2 ** i for i in range(config.eval_traces.bit_length()))}
-    votes = [[majority_vote([task.answer(text) for text in texts])] for texts in traces]
-    scores[f"majority@{config.eval_traces}"] = rewards_of(task, problems, [[f"{tasks.ANSWER}{vote}"] for (vote,) in votes]).mean().item()
-    owners = [problem for problem in problems for _ in range(per)]
-    sets = [texts[i:i + n] for texts in traces for i in range(0, config.eval_traces, n)]
+    scores = {f"pass@{k}": float(np.mean([pass_at_k(size, int(c), k) for c in rewards.sum(1)])) for k in (2 ** i for i in range(size.bit_length()))}
+    votes = [[f"{tasks.ANSWER}{majority_vote(map(task.answer, texts))}"] for texts in traces]
+    scores[f"majority@{size}"] = rewards_of(task, problems, votes).mean().item()
+    owners, sets = zip(*((problem, texts[i:i + n]) for problem, texts in zip(problems, traces) for i in range(0, size, n)))        # [P * S/n] both
     _, answers, flat = aggregate(policy, task, owners, sets, config, 1, generator)
     right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
     scores |= {f"aggregate@{n}": right.mean().item(), "hopeless sets": hopeless.float().mean().item(),
@@ -943,15 +818,13 @@ def evaluate(policy, task, problems, config, seed=0):
     history = recursive_self_aggregation(policy, task, problems, config, [texts[:config.population] for texts in traces], config.rsa_steps, generator)
     scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
     lengths = samples.mask.sum(-1).float()
-    return scores | {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
-                     "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}, [
-        {"prompt": task.prompt(problem), "traces": texts, "trace_rewards": row, "aggregations": [text for (text,) in flat[i * per:(i + 1) * per]],
-         "rewards": right[i * per:(i + 1) * per].tolist()} for i, (problem, texts, row) in enumerate(zip(problems, traces, rewards.tolist()))]
+    scores |= {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
+               "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}
+    texts, right, per = [text for (text,) in flat], right.tolist(), size // n
+    return scores, [{"prompt": task.prompt(problem), "traces": traces[p], "trace_rewards": rewards[p].tolist(),
+                     "aggregations": texts[p * per:(p + 1) * per], "rewards": right[p * per:(p + 1) * per]} for p, problem in enumerate(problems)]
 
-
-# ---- Checkpoints: a folder each, in Hugging Face format, that determines the future of the run. All randomness of a step is ----
-# a function of (seed, step), so there are no random states to keep.
-
+# ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON."""
@@ -973,25 +846,22 @@ def save_checkpoint(folder, state, policy, optimizer):
         os.fsync(descriptor)
         os.close(descriptor)
 
-
 def checkpoints(out):
     """Folders of the run's checkpoints, the newest first."""
     return sorted(Path(out).glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1, reverse=True)
-
 
 def newest_checkpoint(out):
     """(folder, state) of the newest checkpoint that is whole, or (None, None). Names those that are not."""
     for folder in checkpoints(out):
         try:
             state = json.loads((folder / "state.json").read_text())
-            torn = [name for name, value in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != value]
+            torn = [name for name, sha in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha]
         except (OSError, ValueError, KeyError, TypeError) as error:
             torn = [f"state.json ({type(error).__name__})"]
         if not torn:
             return folder, state
         print(f"{folder} is damaged ({', '.join(torn)}): going on with the one before", flush=True)
     return None, None
-
 
 def load_optimizer(optimizer, folder):
     saved, masters = {}, optimizer.param_groups[0]["params"]
@@ -1003,9 +873,7 @@ def load_optimizer(optimizer, folder):
             saved.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
 # ---- Training -------------------------------------------------------------------------------------------------------
-
 
 def diagnosis(stats, config, dtype=torch.float32):
     """Plain lines about what people otherwise puzzle over."""
@@ -1017,9 +885,10 @@ def diagnosis(stats, config, dtype=torch.float32):
     elif stats["useful_problems"] < config.problems and config.max_draws > 1:
         yield f"only {stats['useful_problems']} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"
     if stats.get(f"{final}_truncated", 0) > 0.5:
-        yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise --max-{'trace' if final == 'search' else final}-tokens"
+        option_name = "--max-trace-tokens" if final == "search" else "--max-aggregation-tokens"
+        yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise {option_name}"
     if stats.get("prompts_at_limit", 0) > 0.1:
-        yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates have grown, and lose their beginnings"
+        yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"
     if stats["no_answer"] > 0.9:
         yield f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"
     if stats["search_entropy"] < 0.02:
@@ -1029,14 +898,12 @@ def diagnosis(stats, config, dtype=torch.float32):
     if stats["skipped"]:
         yield "loss or gradient is not finite: step skipped, weights unchanged"
 
-
-def run_folder(config):
-    return Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
-
-
-def start(config, task, out):
-    """A new run, or the one that `out` holds: (policy, optimizer, state), the metrics cut back to the checkpoint."""
-    (folder, state), initial = newest_checkpoint(out), {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}
+def train(task, config, out):
+    """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then the evaluation. Returns the exit code."""
+    (rank, processes), interrupted = world(), []
+    problems = task.problems("train", config.train_problems, config.seed)
+    check_fit(config, task, problems + (task.problems(config.eval_split, config.eval_problems, 0) if config.eval_problems else []))
+    folder, state = newest_checkpoint(out)
     if folder:
         changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
         if fatal := {"algo", "task", "data", "model", "seed", "train_problems", "lora_rank", "dtype"} & set(changed):
@@ -1046,27 +913,16 @@ def start(config, task, out):
     optimizer = make_optimizer(policy.model, config)
     if folder:
         load_optimizer(optimizer, folder)
-    state = {name: state[name] for name in initial} if folder else initial
-    metrics, aside = out / "metrics.jsonl", out / "metrics.unfinished"
-    if world()[0] == 0:
+    state, metrics = state or {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}, out / "metrics.jsonl"
+    if rank == 0:                                            # rows behind the checkpoint come again
         out.mkdir(parents=True, exist_ok=True)
         rows = metrics.read_text().splitlines() if metrics.exists() else []
-        aside.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
-        os.replace(aside, metrics)
-    return policy, optimizer, state
-
-
-def train(config):
-    """The run: `config.steps` times rollout and update, then the evaluation. Returns the exit code."""
-    task, out, (rank, processes) = tasks.make_task(config.task, config.data), run_folder(config), world()
-    problems = task.problems("train", config.train_problems, config.seed)
-    check_fit(config, task, problems + (task.problems(config.eval_split, config.eval_problems, 0) if config.eval_problems else []))
-    policy, optimizer, state = start(config, task, out)
+        (out / "metrics.unfinished").write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
+        os.replace(out / "metrics.unfinished", metrics)
     start_model = load_policy(config).model if config.kl else None
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
     print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
           f"{f' and {processes - 1} more' if processes > 1 else ''}; everything goes to {out}/", flush=True)
-    interrupted = []
 
     def interrupt(number, frame):
         if interrupted:
@@ -1074,31 +930,31 @@ def train(config):
         interrupted.append(number)
         print("finishing this step, then saving; once more stops at once", flush=True)
 
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop = False
+    handlers, stop = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}, False
     while state["step"] < config.steps and not stop:
         began, step = time.time(), state["step"] + 1
         records, useful, found, cursor = collect(policy, task, problems, state["cursor"], config)
         sampled = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
+        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
         groups = [group for record in useful for group in record["groups"]]
         results = [update(policy, optimizer, groups, max(1, found), config, start_model) for _ in range(config.updates)]
         stats = {"step": step, **statistics(task, records, useful, config), **results[0], "skipped": sum(r["skipped"] for r in results)}
         stop = bool(add_up(torch.tensor(len(interrupted))))
-        state |= {"step": step, "cursor": cursor, "bad": state["bad"] + 1 if stats["skipped"] else 0, "recent": state["recent"] + [stats["answer_reward"]]}
+        bad = state["bad"] + 1 if stats["skipped"] else 0                     # steps in a row
+        state |= {"step": step, "cursor": cursor, "bad": bad, "recent": state["recent"] + [stats["answer_reward"]]}
         if rank == 0:
-            with (out / "metrics.jsonl").open("a") as file:
+            with metrics.open("a") as file:
                 file.write(json.dumps(stats) + "\n")
-        print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
-              f"entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  {sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
+        print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  "
+              f"gradient {stats['grad_norm']:.2f}  entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  "
+              f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
         for line in diagnosis(stats, config, policy.model.dtype):
             print(f"  note: {line}", flush=True)
         if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
             print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
         if state["bad"] == 5:
             print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
-            return 1
+            break
         if step % config.save_every == 0 or step == config.steps or stop:
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
             state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
@@ -1109,6 +965,8 @@ def train(config):
                         shutil.rmtree(old)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if state["bad"] == 5:
+        return 1
     if stop:
         print(f"saved after step {state['step']}; the same command goes on from there", flush=True)
         return 128 + (interrupted or [signal.SIGTERM])[0]
@@ -1116,48 +974,41 @@ def train(config):
         report(policy, task, config, out)
     return 0
 
-
 def report(policy, task, config, out):
-    """The table, on problems that never occur in training; also to evaluation.jsonl, and each problem's texts and rewards to
-    records-*.jsonl. config.steps 0: of this policy alone."""
+    """The table, on problems never trained on; also to evaluation.jsonl, and all texts to records-*.jsonl. steps 0: of this policy alone."""
     held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("before", "after") if config.steps else (config.model,):
         print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
         columns[name], records = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
         with (out / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}) + "\n")
+            row = {"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}
+            file.write(json.dumps(row) + "\n")
         (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
     for key, value in columns[name].items():
-        print(f"{key:<18}" + (f"{columns['before'][key]:10.3f}{value:10.3f}{value - columns['before'][key]:+10.3f}" if config.steps else f"{value:10.3f}"))
-
+        before = columns.get("before", {}).get(key)
+        print(f"{key:<18}" + (f"{before:10.3f}{value:10.3f}{value - before:+10.3f}" if config.steps else f"{value:10.3f}"))
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-
-PRESETS = {     # plain data; what the paper doesn't disclose is ours, and comes after the #
-    "paper": dict(num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5,
-                  lora_rank=32, problems=256, temperature=1.0, kl=0.0,      #
-                  dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50),
-}
+PRESETS = {"paper": dict(       # plain data; the last line is ours, as the paper doesn't disclose it
+    num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5, lora_rank=32,
+    problems=256, temperature=1.0, kl=0.0,
+    dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50)}
 PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
 PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B
-
 
 def parse_config(arguments=None):
     parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: (print(f"spiral.py: {message}", file=sys.stderr), sys.exit(2))
-    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (experiments/plan.py)")
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (see --dry-run)")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + flag(f.name), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args(arguments)[0].preset, {}))
-    options = vars(parser.parse_args(arguments))
-    del options["preset"]
-    return Config(**options)
-
+    return Config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "preset"})
 
 def main(arguments=None):
     transformers_logging.disable_progress_bar()
@@ -1168,20 +1019,24 @@ def main(arguments=None):
             dist.init_process_group()
         if world()[0]:
             sys.stdout = open(os.devnull, "w")                           # one process speaks for all
-        if config.steps and not config.ask:
-            return train(config)
-        task, policy = tasks.make_task(config.task, config.data), load_policy(config)
+        if config.dry_run:
+            sys.path.insert(0, str(TINY.parent))
+            import plan
+            return plan.show(config)
+        task = tasks.make_task(config.task, config.data)
+        out = Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
         if config.ask:
-            print(f"answer: {solve(policy, task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
+            print(f"answer: {solve(load_policy(config), task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
+        elif config.steps:
+            return train(task, config, out)
         else:
-            report(policy, task, config, run_folder(config))
+            report(load_policy(config), task, config, out)
         return 0
     except torch.OutOfMemoryError:
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
     except (ValueError, OSError, SafetensorError) as error:      # a full disk among them
         print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

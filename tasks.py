@@ -5,7 +5,6 @@
     prompt(problem) -> str                               the question, and the format of the answer
     answer(text) -> str or None                          what a completion answers (majority voting compares these)
     reward(problem, text) -> 0.0 or 1.0                  the verifier; `text` is a completion, any string at all
-
     question(text) -> problem                            what a person asks with --ask; ValueError when it makes no sense
 
 Completions are hostile input: the verifiers parse them, with bounds on length, depth and integer size, and never
@@ -15,14 +14,15 @@ Run as a program, this file is the worker process in which Math asks the math-ve
 
 import contextlib, functools, json, random, re, signal, subprocess, sys, threading, zlib  # noqa: E401
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
 COUNTDOWN = ("Use all the numbers, each exactly once, with + - * / and parentheses to reach the target.\nNumbers: ", "\nTarget: ",
              '\nThink step by step, then end with one line "Answer: <expression>".\n')
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
 WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")    # each is one token to the tiny policy
+OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
 MAX_ANSWER, MAX_DIGITS, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 9, 20, 20_000, 3
-
 
 def extract_answer(text):
     """The rest of the line after the last "Answer:", cleaned of decoration; None when there is none (or it is empty)."""
@@ -32,12 +32,9 @@ def extract_answer(text):
     line = text[start + len("Answer:"):][:MAX_ANSWER].lstrip().split("\n")[0]
     return line.lstrip(" \t\r$*`").rstrip(" \t\r.$*`") or None           # .5 keeps its point
 
-
 def evaluate(expression):
-    """(value, integers) of an arithmetic expression with + - * / and parentheses, as (Fraction, list of int).
-
-    Raises ValueError for anything else: over 200 characters, 9 digits or 20 parentheses deep, `**`, signs, division by 0.
-    """
+    """(value, integers) of an arithmetic expression with + - * / and parentheses, as (Fraction, list of int). Raises ValueError for
+    anything else: over 200 characters, 9 digits or 20 parentheses deep, `**`, signs, division by 0."""
     if len(expression) > MAX_ANSWER:
         raise ValueError("too long")
     tokens = re.findall(r"[0-9]+|\S", expression) + ["end"]
@@ -60,36 +57,28 @@ def evaluate(expression):
         integers.append(int(token))
         return Fraction(integers[-1])
 
-    def product(depth):
-        value = atom(depth)
-        while operator := take("*/"):
-            right = atom(depth)
+    def chain(operators, operand, depth):
+        value = operand(depth)
+        while operator := take(operators):
+            right = operand(depth)
             if operator == "/" and right == 0:
                 raise ValueError("division by zero")
-            value = value * right if operator == "*" else value / right
+            value = OPERATIONS[operator](value, right)
         return value
 
-    def summation(depth):
-        value = product(depth)
-        while operator := take("+-"):
-            right = product(depth)
-            value = value + right if operator == "+" else value - right
-        return value
-
+    product = functools.partial(chain, "*/", atom)
+    summation = functools.partial(chain, "+-", product)
     value = summation(0)
     if tokens != ["end"]:
         raise ValueError("not an expression")
     return value, integers
 
-
 def split_of(text):
     """The split a problem belongs to for ever, by a checksum: a tenth each "validation" and "test", the rest "train"."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
 
-
 class Task:
     """What the generated tasks share: splits, and the demonstrations of an aggregation."""
-
     def problems(self, split, count, seed):
         """`count` distinct problems of the split. Raises ValueError when the task doesn't hold that many."""
         rng, found = random.Random(f"{split} {seed}"), {}
@@ -113,14 +102,12 @@ class Task:
         good = [trace for trace, ok in zip(traces, passed) if ok and self.answer(trace)]
         return audit + ("\n".join(rng.choice(good).split("\n")[-2:]) if good else self.trace(problem, rng))
 
-
 def apply(a, operator, b, limit):
     """a operator b as a non-negative integer up to `limit`, or None."""
     if operator == "/":
         return a // b if b and a % b == 0 else None
-    value = a + b if operator == "+" else a - b if operator == "-" else a * b
+    value = OPERATIONS[operator](a, b)
     return value if 0 <= value <= limit else None
-
 
 def write(items):
     """(text, precedence) of `left operator right`, with only the parentheses it needs. items: (text, precedence) pairs."""
@@ -130,10 +117,8 @@ def write(items):
     right = f"({right})" if q < mine or (q == mine and operator in "-/") else right
     return f"{left}{operator}{right}", mine
 
-
 class Countdown(Task):
     """Reach a target with each given number used exactly once. Solvable by construction: a problem is a random solution."""
-
     def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
             raise ValueError("countdown needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
@@ -165,8 +150,7 @@ class Countdown(Task):
             raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
         return {"numbers": numbers, "target": target}
 
-    def key(self, problem):
-        return f"{sorted(problem['numbers'])} {problem['target']}"
+    def key(self, problem): return f"{sorted(problem['numbers'])} {problem['target']}"
 
     def prompt(self, problem):
         numbers, target, end = COUNTDOWN
@@ -198,10 +182,8 @@ class Countdown(Task):
                 return text + ANSWER + expression
         return text + ANSWER + "none"
 
-
 class Arithmetic(Task):
     """Compute an expression of several operations."""
-
     def __init__(self, operations=3, high=20, max_value=400):
         if not 1 <= operations <= 8 or not 2 <= high <= 100 or not 10 <= max_value <= 999:
             raise ValueError("arithmetic needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
@@ -221,14 +203,9 @@ class Arithmetic(Task):
             else:
                 return {"expression": items[0][1][0], "value": items[0][0], "steps": steps}
 
-    def question(self, text):
-        return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
-
-    def key(self, problem):
-        return problem["expression"]
-
-    def prompt(self, problem):
-        return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
+    def question(self, text): return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
+    def key(self, problem): return problem["expression"]
+    def prompt(self, problem): return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
 
     def reward(self, problem, text):
         answer = self.answer(text) or ""
@@ -256,7 +233,6 @@ class Arithmetic(Task):
                 break
         return text + ANSWER + str(value)
 
-
 def final_answer(text):
     """What the last \boxed{...} with balanced braces holds, else the last "Answer:" line, else ""."""
     for rest in reversed(text.split(r"\boxed{")[1:]):
@@ -266,7 +242,6 @@ def final_answer(text):
             if depth == 0:
                 return rest[:i]
     return extract_answer(text) or ""
-
 
 def normal(answer):
     """One spelling for answers that mean the same at first sight: undecorated, numbers as exact fractions in lowest terms."""
@@ -282,9 +257,7 @@ def normal(answer):
     plain = len(number) <= 60 and re.fullmatch(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]+\.?|[0-9]*\.[0-9]+)", number)
     return str(Fraction(number)) if plain else answer
 
-
 worker, lock = None, threading.Lock()       # the process that asks math-verify; False: it doesn't start
-
 
 @functools.lru_cache(maxsize=100_000)       # the completions of a problem mostly agree
 def equivalent(right, answer):
@@ -307,7 +280,6 @@ def equivalent(right, answer):
         return reply == "1\n"
     return False
 
-
 def serve(seconds):
     """The worker: a line 1 or 0 for each line [right answer, answer] of standard input, until that ends. When a pair takes too
     long the kernel ends the process by an alarm, which also holds when the parent asks from a thread, or is gone."""
@@ -317,7 +289,6 @@ def serve(seconds):
     signal.alarm(60)
     from math_verify import LatexExtractionConfig, parse, verify
     import sympy.physics.units                          # reads texts by eval when first imported
-
     def number(code, *scopes):      # sympy reads even numbers by eval, and only numbers: no text is evaluated from here on
         kind, digits = re.fullmatch(r"(Integer|Float) \('?([0-9.]+)'? \)", code).groups()
         return getattr(sympy, kind)(digits)
@@ -338,11 +309,9 @@ def serve(seconds):
         signal.alarm(0)
         print(verdict, file=replies, flush=True)
 
-
 class Math:
     """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
     "split": "train", "validation" or "test" (else a checksum decides). Of equal problems the first counts."""
-
     def __init__(self, path=""):
         self.path, self.rows = path, {}
         if not path:                                    # for `question` alone
@@ -380,14 +349,9 @@ class Math:
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 
-    def question(self, text):
-        return {"problem": text, "answer": ""}
-
-    def prompt(self, problem):
-        return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
-
-    def answer(self, text):
-        return normal(final_answer(text)) or None
+    def question(self, text): return {"problem": text, "answer": ""}
+    def prompt(self, problem): return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
+    def answer(self, text): return normal(final_answer(text)) or None
 
     def reward(self, problem, text):
         raw = final_answer(text)
@@ -395,9 +359,7 @@ class Math:
         decided = answer == right or not answer or all(re.fullmatch(r"-?[0-9/]+", number) for number in (answer, right))
         return float(answer == right if decided else equivalent(problem["answer"].replace("$", ""), raw.replace("$", "")))
 
-
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
-
 
 def make_task(name, data=""):
     """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a file `data`. Raises
@@ -412,7 +374,6 @@ def make_task(name, data=""):
         return TASKS[kind](*[data] * bool(data), **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"task {name}: {error}") from None
-
 
 if __name__ == "__main__":
     serve(int(sys.argv[1]))

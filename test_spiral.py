@@ -498,7 +498,7 @@ def test_completions_without_advantage_change_nothing():
     gradient, stats = gradient_of_update(policy, groups)
     expected, other = gradient_of_update(policy, alone)
     assert close(gradient, expected) and stats["trained_tokens"] == other["trained_tokens"]
-    assert gradient_of_update(policy, [groups[2]]) == (None, {**stats, "loss": 0.0, "grad_norm": 0.0, "trained_tokens": 0, "logprob_difference": 0.0})
+    assert gradient_of_update(policy, [groups[2]]) == (None, {**stats, "loss": 0.0, "grad_norm": 0.0, "trained_tokens": 0, "trained_entropy": 0.0, "logprob_difference": 0.0})
 
 
 def test_kl_is_a_mean_over_completions_and_its_gradient_vanishes_at_the_start():
@@ -1155,7 +1155,7 @@ def nan_loss(*_):
     ("", ("reward", lambda self, problem, text: 1.0), 0, "100% of the problems have every answer right, 0% every answer wrong"),
     ("--max-aggregation-tokens 3", (), 0, "of the aggregation traces hit the token limit: raise --max-aggregation-tokens"),
     ("--max-aggregation-tokens 3", (), 0, "of the final texts hold no answer in the task's format"),
-    ("--max-prompt-tokens 30", (), 0, "candidates have grown, and lose their beginnings"),
+    ("--max-prompt-tokens 30", (), 0, "candidates lose their beginnings"),
     ("--temperature 0.001", (), 0, "nats a token: the traces of a problem are nearly the same (collapse)"),
     ("", ("head", lambda head: lambda model, hidden, temperature: head(model, hidden, temperature) * (1.01 if torch.is_grad_enabled() else 1)), 0, "the gradient is off-policy"),
     ("--steps 9", ("policy_loss", lambda real: nan_loss), 1, "five steps in a row were not finite: stopping"),
@@ -1590,6 +1590,19 @@ def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = spiral.hidden_states(policy.model, torch.zeros(1, 256, dtype=torch.long), use_cache=False)
     assert hidden.requires_grad and planned["update"] == pytest.approx(sum(count for count, _ in saved.values()), rel=0.15)
+
+
+@pytest.mark.parametrize("gigabytes", [None, 0.1, 1000])
+def test_a_dry_run_says_what_it_takes_and_whether_it_fits(gigabytes, tmp_path, monkeypatch, capsys):
+    folder = hub_folder(tmp_path / "model", Qwen3Config(**HUB_SIZES, head_dim=8))
+    monkeypatch.setattr(spiral, "load_policy", lambda config: (_ for _ in ()).throw(AssertionError("weights were loaded")))
+    monkeypatch.chdir(tmp_path)
+    if gigabytes:                                               # a GPU, as far as the plan asks
+        monkeypatch.setattr(spiral, "pick_device", lambda name: torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 2 ** 30))
+    assert run("--preset", "24gb", "--model", folder, "--dry-run") == 0
+    printed, verdict = capsys.readouterr().out, {None: "it needs a GPU with ", 0.1: "it does NOT fit: ", 1000: "it fits: "}[gigabytes]
+    assert verdict in printed.splitlines()[-1] and all(part in printed for part in ("parameters", "sampled tokens", "weights", "cache")) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_presets_are_defaults_that_options_override():

@@ -1,6 +1,6 @@
-"""What a run needs before it starts: parameters, tokens a step, memory by part. Reads the model's config.json, loads no weights.
+"""What a run needs: parameters, tokens a step, memory by part, and whether it fits. Reads the model's config.json, loads no weights.
 
-    python experiments/plan.py --model Qwen/Qwen3-4B-Instruct-2507 --preset paper        # takes every option of spiral.py
+    python spiral.py --model Qwen/Qwen3-4B-Instruct-2507 --preset paper --dry-run        # with the options of the run
 
 The formula, for one process (P parameters, of which T are trained; b bytes a weight):
 
@@ -10,7 +10,9 @@ The formula, for one process (P parameters, of which T are trained; b bytes a we
                        b (5 q + 5 kv + 4 f) + (8 + 4 b) d, for q = heads x width, kv = key-value heads x width, f feed-forward, d hidden
                        (counted on Qwen3; a test compares); with --gradient-checkpointing b d a layer, and one layer whole
     logits             a chunk of 2^24, three times, in fp32
-    cache              2 b kv layers x (prompt + completion) a row; a rollout that doesn't fit half of the free memory goes in turns
+    start policy       b P once more, with --kl
+    cache              2 b kv layers x (prompt + completion) a row. It takes half of the memory that the weights leave free, at most,
+                       and keeps it; a rollout that doesn't fit goes in turns
 """
 
 import sys
@@ -24,9 +26,10 @@ import spiral  # noqa: E402
 
 
 def memory_plan(config):
-    """{"parameters", "trained": counts; "weights", "gradients and AdamW", "update", "logits", "cache of a whole rollout": bytes}."""
+    """{"parameters", "trained": counts; "weights", "start policy", "gradients and AdamW", "update", "logits", "cache of a whole rollout": bytes}."""
     _, settings, tokenizer = spiral.load_tokenizer(config)
-    text, size = settings.get_text_config(), 2 if config.dtype == "bf16" else 4
+    auto = config.dtype == "auto" and config.device != "cpu" and isinstance(tokenizer, spiral.HubTokenizer)       # as load_policy on a GPU
+    text, size = settings.get_text_config(), 2 if auto or config.dtype == "bf16" else 4
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
@@ -39,17 +42,13 @@ def memory_plan(config):
     longest = config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)
     rows = config.problems * max(config.num_traces, config.num_sets * config.num_aggregations)
     return {"parameters": parameters, "trained": trained, "weights": size * (parameters + trained % parameters),
-            "gradients and AdamW": trained * (12 if size == 4 else 18), "update": kept * max(longest, config.micro_batch_tokens),
+            "start policy": size * parameters * (config.kl > 0), "gradients and AdamW": trained * (12 if size == 4 else 18), "update": kept * max(longest, config.micro_batch_tokens),
             "logits": 12 * 2 ** 24, "cache of a whole rollout": 2 * size * kv * layers * longest * rows}
 
 
-def main(arguments=None):
-    config = spiral.parse_config(arguments)
-    try:
-        config.check()
-        plan = memory_plan(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan.py: {str(error).splitlines()[0]}")
+def show(config):
+    """Prints the plan, and whether it fits this GPU, or what GPU it takes. Returns the exit code 0."""
+    plan = memory_plan(config)
     completions = config.num_traces * config.max_trace_tokens + config.num_sets * config.num_aggregations * config.max_aggregation_tokens
     for name in ("parameters", "trained"):
         print(f"{name:<28}{plan.pop(name) / 1e6:12,.1f} M")
@@ -57,8 +56,15 @@ def main(arguments=None):
     cache = plan.pop("cache of a whole rollout")
     for name, count in plan.items():
         print(f"{name:<28}{count / 2 ** 30:12,.2f} GiB")
-    print(f"{'together':<28}{sum(plan.values()) / 2 ** 30:12,.2f} GiB\n{'cache of a whole rollout':<28}{cache / 2 ** 30:12,.2f} GiB, in turns where that is too much")
-
-
-if __name__ == "__main__":
-    main()
+    together = sum(plan.values())
+    kept = min(cache, together - plan["weights"])            # the cache leaves the update as much as it takes
+    print(f"{'together':<28}{together / 2 ** 30:12,.2f} GiB")
+    print(f"{'cache of a whole rollout':<28}{cache / 2 ** 30:12,.2f} GiB, in turns where that is too much")
+    needed, device = (together + kept) / 2 ** 30, spiral.pick_device(config.device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
+        print(f"it {'fits' if needed <= total else 'does NOT fit'}: {needed:,.1f} GiB with a cache in turns; {device} has {total:,.1f} GiB"
+              + ("" if needed <= total else ". Lower the token limits or --micro-batch-tokens, or add --gradient-checkpointing or --lora-rank 32"))
+    else:
+        print(f"it needs a GPU with {needed:,.1f} GiB (no GPU here to compare with), or as much memory on the CPU")
+    return 0
