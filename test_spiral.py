@@ -27,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.utils._python_dispatch import TorchDispatchMode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
                           Qwen3Config)
@@ -282,13 +283,38 @@ def test_memory_kept_from_call_to_call_changes_nothing():
     assert seen[0] is seen[1] is seen[2] is not seen[3] and seen[3] is seen[4]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3-window"])
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails on what a CUDA graph can't hold: values read by Python, shapes that depend on values, tensors made from Python's numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not mask and name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::lift_fresh"), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_guard_against_the_host_fails_where_it_should():
+    x = torch.arange(3)
+    for forbidden in (lambda: x.max().item(), lambda: x.nonzero(), lambda: x[x > 1], lambda: torch.tensor([1, 2]), lambda: bool(x.any())):
+        with NothingFromTheHost(), pytest.raises(AssertionError):
+            forbidden()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3-window"])
 def test_a_replayed_step_is_exact_after_the_weights_have_changed(name, monkeypatch):
     """A stand-in for CUDA graphs that replays the function of an *earlier* call, as a graph replays its kernels: everything that a step
     reads and writes must be static memory, and shapes beyond the living rows must do no harm."""
     plain, replayed, captured, replays = copy.deepcopy(toy_policy(name)), copy.deepcopy(toy_policy(name)), [], []
     replayed.graphs = True
-    monkeypatch.setattr(spiral, "capture", lambda function, pool: captured.append(function) or (lambda: replays.append(1) or function()))
+
+    def capture(function, pool):
+        def replay():
+            replays.append(1)
+            with NothingFromTheHost():
+                function()
+        captured.append(function)
+        return replay
+    monkeypatch.setattr(spiral, "capture", capture)
     for seed in range(3):
         expected, samples = sample(plain, seed), sample(replayed, seed)
         assert torch.equal(samples.tokens, expected.tokens) and torch.equal(samples.mask, expected.mask)
