@@ -18,7 +18,8 @@ generate is made to stop each row at the length that ours sampled, so both retur
 
 "bandwidth": the bytes that decoding must read (the weights once a step, each row's keys and values) per second, as a fraction of a
 measured copy. "flops": those that must be done, as a fraction of a measured matmul. On the CPU the tiny weights stay in the cache and
-decoding is bound by the overhead of small operations, then by flops. "padding": the fraction of the tokens in our forwards.
+decoding is bound by the overhead of small operations, then by flops. "padding": the fraction of the tokens in our forwards. "flops
+ratio": of the repeated prompt to the shared one, the most that an update can gain: completions attend to the whole prompt in both.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def random_policy(bench, sizes, mean_length=0):
     eos = config.vocab_size - 1
     torch.nn.init.normal_(model.lm_head.weight, std=0.1 * config.hidden_size ** -0.5)    # logits are about 0, but for that of EOS
     torch.nn.init.zeros_(model.lm_head.bias).data[eos] = torch.tensor(eos / (mean_length - 1)).log() if mean_length else -30.0
-    return spiral.Policy(model, SimpleNamespace(eos_id=eos, eos_ids=[eos]), bench.device)
+    return spiral.Policy(model, SimpleNamespace(eos_id=eos, eos_ids=[eos]), bench.device, graphs=bench.device.type == "cuda")
 
 
 def random_tokens(policy, low, high, count):
@@ -253,6 +254,7 @@ def compare_update(bench, policy, name, groups, ways=("shared", "repeated")):
     lengths = [group.samples.mask.sum(-1).tolist() for group in groups]
     needed, trained = sum(len(group.prompt) + sum(row) - len(row) for group, row in zip(groups, lengths)), sum(map(sum, lengths))
     flops = 3 * sum(work(policy.model, [group.prompt], row)[1] for group, row in zip(groups, lengths))
+    repeated = 3 * sum(work(policy.model, [group.prompt], [n])[1] for group, row in zip(groups, lengths) for n in row)
     for way in ways:
         policy.model.zero_grad()
         (results[way], peak), calls = recorded("hidden_states", lambda: peak_memory(lambda: gradient(policy, groups, way), policy.device))  # noqa: B023
@@ -263,7 +265,7 @@ def compare_update(bench, policy, name, groups, ways=("shared", "repeated")):
     exact = results["shared"]["gradient"]
     for way in ways[1:]:
         row = row_of(seconds["shared"], seconds[way], [trained] * len(seconds[way]), memory=results["shared"]["peak"], their_memory=results[way]["peak"],
-                     padding=results["shared"]["padding"], flops=flops / statistics.mean(seconds["shared"]) / bench.matmul,
+                     padding=results["shared"]["padding"], flops_ratio=repeated / flops, flops=flops / statistics.mean(seconds["shared"]) / bench.matmul,
                      gradient_difference=((results[way]["gradient"] - exact).norm() / exact.norm()).item())
         bench.add(f"{name}, {way}", row)
 
@@ -339,12 +341,13 @@ def table(rows):
         value = row.get(key)
         return "" if value is None else format((value["median"] if isinstance(value, dict) else value) * scale, form)
     columns = [("ours/s", "ours", ".0f", 1), ("theirs/s", "theirs", ".0f", 1), ("bare", "bare", ".2f", 1), ("MB", "memory", ".0f", 1e-6),
-               ("theirs", "their_memory", ".0f", 1e-6), ("bandwidth", "bandwidth", ".1%", 1), ("flops", "flops", ".1%", 1), ("padding", "padding", ".1%", 1)]
-    print(f"\n{'':<29}{'ratio':>6}  {'(min to max, n)':<20}" + "".join(f"{title:>10}" for title, *_ in columns))
+               ("theirs", "their_memory", ".0f", 1e-6), ("bandwidth", "bandwidth", ".1%", 1), ("flops", "flops", ".1%", 1), ("padding", "padding", ".1%", 1),
+               ("flops ratio", "flops_ratio", ".2f", 1)]
+    print(f"\n{'':<29}{'ratio':>6}  {'(min to max, n)':<20}" + "".join(f"{title:>12}" for title, *_ in columns))
     for row in rows:
         ratio = row["ratio"]
         print(f"{row['case']:<29}{ratio['median']:6.2f}  " + f"({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['repetitions']})".ljust(20)
-              + "".join(f"{cell(row, *rest):>10}" for _, *rest in columns))
+              + "".join(f"{cell(row, *rest):>12}" for _, *rest in columns))
 
 
 def main():
