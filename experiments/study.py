@@ -9,6 +9,7 @@ tune        each algorithm over the same learning rates, then search weights, ju
 train       the rivals, each seed, until the step that reaches the budget of sampled output tokens
 evaluate    experiments 1 to 6 on test problems: counts per problem for every way to use a policy
 cross       each rival as searcher x each as aggregator
+long        the first seeds of the rivals go on to twice the budget
 ablations   the VARIANTS: trained at the same budget, and evaluated at smaller sizes, as are the references
 difficulty  countdown from easy to hard, and arithmetic
 noise       experiments/gradient_noise.py, unless its result is there
@@ -23,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,32 +44,31 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 0.6, "train": 1.2, "evaluate": 1.2, "cross": 0.2, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 1.0, "cross": 0.3, "long": 1.0, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
 
 # Each ablation: options added to tuned SPIRAL's, and a patch of spiral.py (a function below), in the order in which they are run
 VARIANTS = {
     "aggregation term only": (["--search-weight", "0"], ""),
     "search term only": ([], "search_only"),
-    "exact joint gradient": (["--search-weight", "1"], ""),
-    "conclusions only": ([], "conclusions_only"),
-    "random sets": (["--no-balanced"], ""),
-    "published estimator": (["--estimator", "published", "--no-balanced", "--search-weight", "1"], ""),
+    "search weight 0.05": (["--search-weight", "0.05"], ""),
     "N1=8 K=8 N2=2": (["--num-sets", "8", "--num-aggregations", "2"], ""),
+    "published estimator": (["--estimator", "published", "--no-balanced", "--search-weight", "1"], ""),
+    "random sets": (["--no-balanced"], ""),
+    "conclusions only": ([], "conclusions_only"),
+    "order not shuffled": ([], "unshuffled"),
     "N1=16 K=4 N2=2": (["--num-traces", "16", "--num-aggregations", "2"], ""),
     "all 70 sets": (["--num-sets", "70", "--num-aggregations", "2", "--no-balanced", "--problems", "3"], ""),    # 148 completions a problem
-    "order not shuffled": ([], "unshuffled"),
     "L_target 32": (["--target-length", "32"], ""),
 }
 
 # CPU seconds on one thread of a busy 2-core machine: 55 per 100 000 sampled tokens of spiral and grpo-agg, 28 of grpo; 2.7 per problem
 # of a "large" evaluation of traces of 25 tokens, 0.7 of a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 300_000, "short_tokens": 150_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
-        "first": 5,                                          # so many of VARIANTS get all their seeds before the others start
-        "lrs": [2e-4, 4e-4], "weights": [],
+FULL = {"seeds": 5, "tokens": 500_000, "short_tokens": 300_000, "ablation_seeds": 3, "long_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+        "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:high=50,max_target=200", "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
-        "large": {"problems": 60, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
-QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
+        "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
+QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "long_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
          "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace; the last is that of all evaluation
 CURVES = ("answer_reward", "trace_reward", "search_entropy", "aggregation_entropy", "search_length", "aggregation_length", "search_truncated",
@@ -103,12 +104,13 @@ PATCHES = {"": lambda: None, **{f.__name__: f for f in (search_only, unshuffled,
 # ---- A piece of work: a dict {part, run, seed, task, tokens, options, patch, evaluation, split}, in a process of its own ----
 
 
-def make_piece(part, run, seed, tokens, options=(), patch="", task=TASK, evaluation=None, split="test"):
-    """`run` is what figures call it; tokens 0: the start policy. "name" names the training, "id" the piece."""
+def make_piece(part, run, seed, tokens, options=(), patch="", task=TASK, evaluation=None, split="test", continues=""):
+    """`run` is what figures call it; tokens 0: the start policy. "name" names the training, "id" the piece. continues: the name of a shorter
+    training to go on from, which ends as one from the start would."""
     training = {"seed": seed, "task": task, "tokens": tokens, "options": list(options), "patch": patch}
     crc = zlib.crc32((json.dumps(training) + hashlib.sha256((spiral.TINY / "model.safetensors").read_bytes()).hexdigest()).encode())
     name = f"{run.replace(' ', '_')}-{seed}-{crc:08x}"
-    return {"part": part, "run": run, **training, "evaluation": evaluation, "split": split, "name": name,
+    return {"part": part, "run": run, **training, "evaluation": evaluation, "split": split, "name": name, **({"continues": continues} if continues else {}),
             "id": f"{part}: {name} {split} {zlib.crc32(json.dumps(evaluation).encode()):08x}" if evaluation else name}
 
 
@@ -246,6 +248,8 @@ def work(piece, runs, results, save_every):
     lock = (folder / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)                         # an orphan of a killed study finishes first
     PATCHES[piece["patch"]]()
+    if piece.get("continues") and not (folder / "metrics.jsonl").exists():
+        shutil.copytree(runs / piece["continues"], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", "log.txt", "traces.json"))
     if piece["tokens"]:
         checkpoint = trained(folder, piece["tokens"])
         if not checkpoint and piece["part"] in ("evaluate", "cross"):
@@ -293,13 +297,17 @@ def cross_pieces(sizes, results):
     return pieces
 
 
+def long_pieces(sizes, results):
+    return [make_piece("long", algo, seed, 2 * sizes["tokens"], tuned(results, algo), evaluation=sizes["large"],
+                       continues=make_piece("train", algo, seed, sizes["tokens"], tuned(results, algo))["name"])
+            for seed in range(sizes["long_seeds"]) for algo in RIVALS]
+
+
 def ablation_pieces(sizes, results):
     """The references, whose policies are those of the part train, are evaluated at the small sizes too."""
-    mine, tokens, seeds, variants = tuned(results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"]), list(VARIANTS.items())
-    runs = [[(algo, tuned(results, algo), "") for algo in RIVALS],
-            *([(run, mine + options, patch) for run, (options, patch) in block] for block in (variants[:sizes["first"]], variants[sizes["first"]:]))]
-    return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"])
-            for block in runs for seed in seeds for run, options, patch in block]
+    mine, tokens, seeds = tuned(results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"])
+    runs = [(algo, tuned(results, algo), "") for algo in RIVALS] + [(run, mine + options, patch) for run, (options, patch) in VARIANTS.items()]
+    return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"]) for run, options, patch in runs for seed in seeds]
 
 
 def difficulty_pieces(sizes, results):
@@ -395,7 +403,7 @@ def main():
     if args.piece:
         return work(json.loads(args.piece), runs, results, sizes["save_every"])
     signal.signal(signal.SIGTERM, interrupted)
-    makers = {"cross": cross_pieces, "ablations": ablation_pieces, "difficulty": difficulty_pieces}
+    makers = {"cross": cross_pieces, "long": long_pieces, "ablations": ablation_pieces, "difficulty": difficulty_pieces}
     try:
         for part in args.parts or PARTS:
             if part == "tune":
