@@ -5,11 +5,10 @@
     python experiments/study.py ablations --budget-hours 1       # starts nothing more that would take the part over 1 CPU hour
     python experiments/study.py --quick                          # everything in miniature, about 10 minutes, to runs/study-quick/
 
-tune        each algorithm over the same learning rates, then search weights, judged on validation problems -> tuned.json
+tune        each algorithm over the same learning rates (at search weight 0.05), then search weights, judged on validation problems -> tuned.json
 train       the rivals, each seed, until the step that reaches the budget of sampled output tokens
 evaluate    experiments 1 to 6 on test problems: counts per problem for every way to use a policy
 cross       each rival as searcher x each as aggregator
-long        the first seeds of the rivals go on to twice the budget
 ablations   the VARIANTS: trained at the same budget, and evaluated at smaller sizes, as are the references
 difficulty  countdown from easy to hard, and arithmetic
 noise       experiments/gradient_noise.py, unless its result is there
@@ -24,7 +23,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +42,7 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 1.0, "cross": 0.3, "long": 1.0, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 1.0, "cross": 0.3, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
 
 # Each ablation: options added to tuned SPIRAL's, and a patch of spiral.py (a function below), in the order in which they are run
 VARIANTS = {
@@ -61,15 +59,16 @@ VARIANTS = {
     "L_target 32": (["--target-length", "32"], ""),
 }
 
-# CPU seconds on one thread of a busy 2-core machine: 55 per 100 000 sampled tokens of spiral and grpo-agg, 28 of grpo; 2.7 per problem
-# of a "large" evaluation of traces of 25 tokens, 0.7 of a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 500_000, "short_tokens": 300_000, "ablation_seeds": 3, "long_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+# CPU seconds on one thread of a 2-core machine whose other core is as busy: 34 per 100 000 sampled tokens of spiral and grpo-agg, 21 of
+# grpo; about 90 for a "large" evaluation, 50 for a "small" one; 5 to start a process
+FULL = {"seeds": 5, "tokens": 500_000, "short_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
         "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:high=50,max_target=200", "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
         "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
-QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "long_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
+QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
          "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
+FIRST_WEIGHT = "0.05"                                        # of the search term, where a piece's options don't name another
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace; the last is that of all evaluation
 CURVES = ("answer_reward", "trace_reward", "search_entropy", "aggregation_entropy", "search_length", "aggregation_length", "search_truncated",
           "grad_norm", "distinct_traces", "distinct_right", "sampled_tokens", "useful_problems", "drawn_problems")
@@ -104,13 +103,12 @@ PATCHES = {"": lambda: None, **{f.__name__: f for f in (search_only, unshuffled,
 # ---- A piece of work: a dict {part, run, seed, task, tokens, options, patch, evaluation, split}, in a process of its own ----
 
 
-def make_piece(part, run, seed, tokens, options=(), patch="", task=TASK, evaluation=None, split="test", continues=""):
-    """`run` is what figures call it; tokens 0: the start policy. "name" names the training, "id" the piece. continues: the name of a shorter
-    training to go on from, which ends as one from the start would."""
+def make_piece(part, run, seed, tokens, options=(), patch="", task=TASK, evaluation=None, split="test"):
+    """`run` is what figures call it; tokens 0: the start policy. "name" names the training, "id" the piece."""
     training = {"seed": seed, "task": task, "tokens": tokens, "options": list(options), "patch": patch}
     crc = zlib.crc32((json.dumps(training) + hashlib.sha256((spiral.TINY / "model.safetensors").read_bytes()).hexdigest()).encode())
     name = f"{run.replace(' ', '_')}-{seed}-{crc:08x}"
-    return {"part": part, "run": run, **training, "evaluation": evaluation, "split": split, "name": name, **({"continues": continues} if continues else {}),
+    return {"part": part, "run": run, **training, "evaluation": evaluation, "split": split, "name": name,
             "id": f"{part}: {name} {split} {zlib.crc32(json.dumps(evaluation).encode()):08x}" if evaluation else name}
 
 
@@ -153,7 +151,7 @@ def train_piece(piece, folder, save_every):
 
     spiral.statistics = statistics
     return spiral.main(["--task", piece["task"], "--seed", str(piece["seed"]), "--out", str(folder), "--steps", "100000", "--eval-problems", "0",
-                        "--transcript-every", "0", "--save-every", str(save_every), *piece["options"]])
+                        "--transcript-every", "0", "--save-every", str(save_every), "--search-weight", FIRST_WEIGHT, *piece["options"]])
 
 
 def training_row(piece, folder):
@@ -248,8 +246,6 @@ def work(piece, runs, results, save_every):
     lock = (folder / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)                         # an orphan of a killed study finishes first
     PATCHES[piece["patch"]]()
-    if piece.get("continues") and not (folder / "metrics.jsonl").exists():
-        shutil.copytree(runs / piece["continues"], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", "log.txt", "traces.json"))
     if piece["tokens"]:
         checkpoint = trained(folder, piece["tokens"])
         if not checkpoint and piece["part"] in ("evaluate", "cross"):
@@ -297,12 +293,6 @@ def cross_pieces(sizes, results):
     return pieces
 
 
-def long_pieces(sizes, results):
-    return [make_piece("long", algo, seed, 2 * sizes["tokens"], tuned(results, algo), evaluation=sizes["large"],
-                       continues=make_piece("train", algo, seed, sizes["tokens"], tuned(results, algo))["name"])
-            for seed in range(sizes["long_seeds"]) for algo in RIVALS]
-
-
 def ablation_pieces(sizes, results):
     """The references, whose policies are those of the part train, are evaluated at the small sizes too."""
     mine, tokens, seeds = tuned(results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"])
@@ -337,8 +327,7 @@ def tune(sizes, results, go):
         return best
     results.mkdir(parents=True, exist_ok=True)
     best = scores([(algo, ["--lr", str(lr)]) for lr in sizes["lrs"] for algo in RIVALS])
-    best = scores([(algo, best[algo][:2] + ["--search-weight", str(weight)]) for weight in sizes["weights"] for algo in ("spiral", "grpo-agg") if algo in best
-                   if weight != spiral.Config().search_weight])
+    best = scores([(algo, best[algo][:2] + ["--search-weight", str(weight)]) for weight in sizes["weights"] for algo in ("spiral", "grpo-agg") if algo in best])
     print(f"tuned: {best}", flush=True)
 
 
@@ -403,7 +392,7 @@ def main():
     if args.piece:
         return work(json.loads(args.piece), runs, results, sizes["save_every"])
     signal.signal(signal.SIGTERM, interrupted)
-    makers = {"cross": cross_pieces, "long": long_pieces, "ablations": ablation_pieces, "difficulty": difficulty_pieces}
+    makers = {"cross": cross_pieces, "ablations": ablation_pieces, "difficulty": difficulty_pieces}
     try:
         for part in args.parts or PARTS:
             if part == "tune":
