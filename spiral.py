@@ -87,7 +87,7 @@ class Config:
     save_every: int = option(10, "steps between checkpoints; the last two are kept")
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
     dry_run: bool = option(False, "print what a run needs (parameters, tokens, memory) and whether it fits, and stop; loads no weights")
-    ask: str = option("", "answer this question with the whole pipeline, and stop: \"3 5 7 26\" to reach 26 with 3, 5 and 7")
+    ask: str = option("", "answer this question with the whole pipeline, and stop: \"4 9 13 61\" to reach 61 with 4, 9 and 13")
 
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
