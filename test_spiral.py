@@ -431,6 +431,12 @@ def test_first_update_is_plain_reinforce_at_the_sampling_temperature(name, tempe
     assert stats["logprob_difference"] < 1e-5               # the ratio of sampler and trainer is 1
     assert stats["trained_tokens"] == sum(len(until_eos(row)) for group in groups for row in group.samples.tokens.tolist())
     assert stats["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    entropies = []
+    for group, row in ((group, until_eos(row)) for group in groups for row in group.samples.tokens.tolist()):
+        with torch.no_grad():
+            logprobs = (policy.model(torch.tensor([group.prompt + row])).logits[0, len(group.prompt) - 1:-1] / temperature).log_softmax(-1)
+        entropies += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
+    assert stats["trained_entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
     wrong = gradient_of_update(policy, groups, temperature=1.7 - temperature)[1]
     assert wrong["logprob_difference"] > 1e-2               # and a mismatch is seen
 
@@ -580,8 +586,9 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(mon
         return whole(model, prompts, *rest)
 
     monkeypatch.setattr(spiral, "completion_logprobs", limited)
+    assert policy.slots is not None
     gradient, other = gradient_of_update(policy, groups, micro_batch_tokens=128)
-    assert close(gradient, expected) and other["trained_tokens"] == stats["trained_tokens"]
+    assert close(gradient, expected) and other["trained_tokens"] == stats["trained_tokens"] and policy.slots is None      # the sampler's memory goes first
     assert len(batches) - 2 == len(list(spiral.micro_batches(groups, 64))) > len(list(spiral.micro_batches(groups, 128))) > 1
     assert "out of memory" in capsys.readouterr().out
     monkeypatch.setattr(spiral, "completion_logprobs", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never enough")))
