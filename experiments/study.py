@@ -10,6 +10,7 @@ train       the rivals, each seed, until the step that reaches the budget of sam
 evaluate    experiments 1 to 6 on test problems: counts per problem for every way to use a policy
 cross       each rival as searcher x each as aggregator
 ablations   the VARIANTS: trained at the same budget, and evaluated at smaller sizes, as are the references
+long        the rivals of the part train go on to four times the budget; then evaluate's numbers, with k up to 256 and 10 steps of recursion
 difficulty  countdown from easy to hard, and arithmetic
 noise       experiments/gradient_noise.py, unless its result is there
 
@@ -23,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +44,7 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 1.0, "cross": 0.3, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 1.0, "cross": 0.3, "ablations": 2.0, "long": 4.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
 
 # Each ablation: options added to tuned SPIRAL's, and a patch of spiral.py (a function below), in the order in which they are run
 VARIANTS = {
@@ -61,13 +63,15 @@ VARIANTS = {
 
 # CPU seconds on one thread of a 2-core machine whose other core is as busy: 34 per 100 000 sampled tokens of spiral and grpo-agg, 21 of
 # grpo; about 90 for a "large" evaluation, 50 for a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 500_000, "short_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+FULL = {"seeds": 5, "tokens": 500_000, "long_tokens": 2_000_000, "short_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
         "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:high=50,max_target=200", "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
-        "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
-QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
-         "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
+        "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4},
+        "longest": {"problems": 50, "traces": 256, "tree": 64, "rsa": 10}}
+QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "long_tokens": 30_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
+         "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2},
+         "longest": {"problems": 10, "traces": 64, "tree": 16, "rsa": 4}}
 FIRST_WEIGHT = "0.05"                                        # of the search term, where a piece's options don't name another
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace; the last is that of all evaluation
 CURVES = ("answer_reward", "trace_reward", "search_entropy", "aggregation_entropy", "search_length", "aggregation_length", "search_truncated",
@@ -216,7 +220,7 @@ def evaluate_piece(piece, checkpoint, folder):
             counts[f"rsa, vote {step}"] += [right_votes(x, texts, config.population) for x, texts in zip(chunk, population)]
             lengths[f"rsa {step}"] += [len(policy.tokenizer.encode(text)) + 1 for texts in population for text in texts]
         print(f"evaluated {start + len(chunk)}/{len(problems)} problems  {time.time() - began[1]:.0f}s", flush=True)
-    if piece["part"] == "evaluate":                          # for the part "cross"
+    if piece["part"] in ("evaluate", "long"):                # for the part "cross"
         (folder / "traces.json").write_text(json.dumps(kept))
     return {**piece, "population": config.population, "set_size": n, "limits": LIMITS, "lengths": {k: round(float(np.mean(v)), 2) for k, v in lengths.items()},
             "cpu_s": round(time.process_time() - began[0], 1), "wall_s": round(time.time() - began[1], 1), "counts": counts}
@@ -245,6 +249,9 @@ def work(piece, runs, results, save_every):
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)                         # an orphan of a killed study finishes first
+    earlier = runs / piece.get("goes_on_from", "-")
+    if (earlier / "metrics.jsonl").exists() and not (folder / "metrics.jsonl").exists():
+        shutil.copytree(earlier, folder, dirs_exist_ok=True, ignore=lambda *_: ["lock", "log.txt", "traces.json"])
     PATCHES[piece["patch"]]()
     if piece["tokens"]:
         checkpoint = trained(folder, piece["tokens"])
@@ -279,6 +286,15 @@ def main_pieces(part, sizes, results):
     base = [make_piece(part, "base", 0, 0, evaluation=evaluation)] if part == "evaluate" else []
     return base + [make_piece(part, algo, seed, sizes["tokens"], tuned(results, algo), evaluation=evaluation)
                    for seed in range(sizes["seeds"]) for algo in RIVALS]
+
+
+def long_pieces(sizes, results):
+    """A resumed run is the undisturbed one, to the byte, so these go on from the shorter ones where they are there."""
+    pieces = [make_piece("long", "base", 0, 0, evaluation=sizes["longest"])]
+    for before in main_pieces("train", sizes, results):
+        piece = make_piece("long", before["run"], before["seed"], sizes["long_tokens"], before["options"], evaluation=sizes["longest"])
+        pieces.append({**piece, "goes_on_from": before["name"]})
+    return pieces
 
 
 def cross_pieces(sizes, results):
@@ -392,7 +408,7 @@ def main():
     if args.piece:
         return work(json.loads(args.piece), runs, results, sizes["save_every"])
     signal.signal(signal.SIGTERM, interrupted)
-    makers = {"cross": cross_pieces, "ablations": ablation_pieces, "difficulty": difficulty_pieces}
+    makers = {"cross": cross_pieces, "ablations": ablation_pieces, "long": long_pieces, "difficulty": difficulty_pieces}
     try:
         for part in args.parts or PARTS:
             if part == "tune":
