@@ -27,6 +27,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -75,6 +78,7 @@ class Config:
     max_aggregation_tokens: int = option(96, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
+    shard: bool = option(False, "under torchrun: split weights, gradients and optimizer state over the processes (FSDP2), for models too large for one")
     dtype: str = option("auto", "of the weights; bf16 ones train by fp32 copies. auto: bf16 for your own model on a GPU", ("auto", "fp32", "bf16"))
     lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
     keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
@@ -106,6 +110,8 @@ class Config:
         need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
              f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
         need(self.clip < 1, "clip", "must be below 1")
+        need(not self.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard", "needs torchrun and at least 2 processes")
+        need(not (self.shard and self.kl), "shard", "can't hold a start policy: --kl 0")
         pick_device(self.device)
 
 def pick_device(name):
@@ -208,11 +214,13 @@ def load_policy(config):
             parameter.requires_grad = "lora_" in name
     for parameter in model.parameters():                    # fresh memory: views into a file may be aligned otherwise, and then
         parameter.data = parameter.data.clone()             # a resumed run rounds otherwise
+    if config.shard:
+        shard(model, device)
     probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
     with torch.no_grad():
         if not torch.allclose(head(model, hidden_states(model, probe), 1.0), model(probe).logits.float(), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
-    return Policy(model, tokenizer, device, graphs=device.type == "cuda")
+    return Policy(model, tokenizer, device, graphs=device.type == "cuda" and not config.shard)
 
 def check_fit(config, task, problems):
     """Raises ValueError when the longest problem, with candidates, can't fit; needs the tokenizer, not the weights."""
@@ -226,6 +234,8 @@ def check_fit(config, task, problems):
 
 def hidden_states(model, tokens, **inputs):
     """Last hidden states [B, T, d]: the model without its vocabulary head."""
+    if getattr(model, "sharded", False):
+        add_up(torch.ones(1))                                # see keep_step
     return model.base_model(input_ids=tokens, **inputs).last_hidden_state
 
 def head(model, hidden, temperature):
@@ -247,6 +257,33 @@ def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+
+def shard(model, device):
+    """FSDP2: each process keeps a slice of every layer, and gathers the rest of a layer while it runs. Embedding and head stay whole."""
+    mesh, model.sharded = init_device_mesh(device.type, (world()[1],)), True
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        layer.set_gradient_divide_factor(1.0)                # gradients are added up, not averaged
+        layer.set_force_sum_reduction_for_comms(True)
+
+def keep_step(model):
+    """Gathering a layer takes all processes, which have passes of their own to make, some more than others: one that is done makes
+    passes over a single token until all are. Returns their sum, of no weight, for the backward pass that goes with them."""
+    nothing = 0.0
+    while getattr(model, "sharded", False) and add_up(torch.zeros(1)).item():            # someone is in hidden_states
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        nothing = nothing + 0 * model.base_model(input_ids=token, use_cache=False).last_hidden_state.sum()
+    return nothing
+
+def local(tensor):
+    """What this process holds of a tensor; the memory is the same."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+def whole(part, parameter):
+    """The whole of a tensor that is split as `parameter` is, for which all processes call it at once."""
+    if not isinstance(parameter, DTensor) or not part.ndim:
+        return part
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
 
 # ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
 
@@ -594,12 +631,23 @@ def micro_batches(groups, budget, share_prefix=True):
                    for name in ("tokens", "logprobs", "mask")]
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
+def in_step(model, batches):
+    """The micro-batches; with --shard, empty ones at the end, until every process has had its own."""
+    device = model.get_input_embeddings().weight.device
+    nothing = torch.zeros(1, 1, device=device)
+    empty = [[0]], nothing[0].long(), nothing.long(), nothing, nothing.bool(), nothing[0]
+    while True:
+        batch = next(batches, None)
+        if not (add_up(torch.ones(1) * (batch is not None)).item() if getattr(model, "sharded", False) else batch):
+            return
+        yield batch or empty
+
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 def make_optimizer(model, config):
-    """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
-    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
+    """AdamW. Its parameters are fp32: the model's own (or the slice of this process), or copies of those in bf16, which `update` keeps in step."""
+    masters = [p if p.dtype == torch.float32 and local(p) is p else local(p.detach()).float().requires_grad_() for p in trained(model)]
     return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
@@ -617,7 +665,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         model.zero_grad(set_to_none=True)
         sums = torch.zeros(4, dtype=torch.float64)           # loss, tokens, difference of the log-probs from the sampler's, entropy
         try:
-            for prompts, owner, tokens, old_logprobs, mask, advantages in micro_batches(groups, config.micro_batch_tokens, share_prefix):
+            for prompts, owner, tokens, old_logprobs, mask, advantages in in_step(model, micro_batches(groups, config.micro_batch_tokens, share_prefix)):
                 inputs = (prompts, owner, tokens, mask, config.temperature, share_prefix)
                 logprobs, entropies = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
@@ -626,32 +674,37 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
                         start_logprobs = completion_logprobs(start_model, *inputs)[0]
                     log_ratio = start_logprobs - logprobs
                     loss = loss + config.kl * ((log_ratio.exp() - log_ratio - 1) * mask).sum() * num_problems / completions
-                (loss / num_problems).backward()
+                (loss / num_problems + keep_step(model)).backward()
                 for parameter, master in zip(trained(model), masters):
                     if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
-                        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
+                        master.grad = local(parameter.grad).float() + (0 if master.grad is None else master.grad)
                         parameter.grad = None
                 parts = loss / num_problems, mask.sum(), (logprobs - old_logprobs).abs().sum(), entropies.sum()
                 sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
             break
         except torch.OutOfMemoryError:
-            if config.micro_batch_tokens < 128:
+            if config.micro_batch_tokens < 128 or config.shard:
                 raise
             policy.slots, config.micro_batch_tokens = None, config.micro_batch_tokens // 2
             print(f"out of memory: going on with --micro-batch-tokens {config.micro_batch_tokens}", flush=True)
             torch.cuda.empty_cache()
     model.eval()
-    for master in masters if dist.is_initialized() else ():
+    slices = [isinstance(parameter, DTensor) for parameter in trained(model)]         # FSDP has added up the gradients of these
+    for master, is_slice in zip(masters, slices) if dist.is_initialized() else ():
         master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        add_up(master.grad)
-    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
+        if not is_slice:
+            add_up(master.grad)
+    norms = [torch.nn.utils.get_total_norm([m.grad for m, is_slice in zip(masters, slices) if m.grad is not None and is_slice == kind]) for kind in (False, True)]
+    norm = torch.hypot(norms[0], add_up(norms[1] ** 2).sqrt()) if any(slices) else norms[0]
+    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm)
     loss, tokens, difference, entropy = add_up(sums).tolist()
+    norm = norm.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
         optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(trained(model), masters):
-                parameter.copy_(master)
+                local(parameter).copy_(master)
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
             "trained_tokens": int(tokens), "trained_entropy": entropy / max(tokens, 1), "skipped": int(not finite)}
@@ -726,6 +779,8 @@ def collect(policy, task, problems, cursor, config):
         if mine := range(cursor + rank, end, processes):
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
             records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
+        with torch.no_grad():
+            keep_step(policy.model)
         useful, cursor = [record for record in records if any((group.advantages != 0).any() for group in record["groups"])], end
         found = int(add_up(torch.tensor(len(useful))))
     return records, useful, found, cursor
@@ -827,15 +882,20 @@ def evaluate(policy, task, problems, config, seed=0):
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON."""
+    """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All
+    processes call it; one writes."""
+    weights = {name: whole(local(value), value).cpu() for name, value in policy.model.state_dict().items()}
+    parameters, masters = trained(policy.model), optimizer.param_groups[0]["params"] if policy.model.dtype != torch.float32 else ()
+    adam = {f"{i}.{name}": whole(value, parameters[i]).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
+    adam |= {f"{i}.master": whole(master.detach(), parameters[i]) for i, master in enumerate(masters)}
+    if world()[0]:
+        return
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.model.save_pretrained(aside)
+    policy.model.save_pretrained(aside, state_dict=weights)
     if isinstance(policy.tokenizer, HubTokenizer):          # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
-    moments = {f"{i}.{name}": value.contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    masters = {f"{i}.master": m.detach() for i, m in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
-    save_file(moments | masters, aside / "optimizer.safetensors")
+    save_file(adam, aside / "optimizer.safetensors")
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
     for path in (*aside.iterdir(), aside, folder.parent):    # the last one holds the new name
@@ -863,10 +923,12 @@ def newest_checkpoint(out):
         print(f"{folder} is damaged ({', '.join(torn)}): going on with the one before", flush=True)
     return None, None
 
-def load_optimizer(optimizer, folder):
-    saved, masters = {}, optimizer.param_groups[0]["params"]
+def load_optimizer(optimizer, folder, model):
+    saved, masters, parameters = {}, optimizer.param_groups[0]["params"], trained(model)
     for name, value in load_file(folder / "optimizer.safetensors").items():
         index, key = name.split(".")
+        if isinstance(parameter := parameters[int(index)], DTensor) and value.ndim:
+            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements).to_local()
         if key == "master":
             masters[int(index)].data.copy_(value)
         else:
@@ -912,7 +974,7 @@ def train(task, config, out):
     policy = load_policy(replace(config, model=str(folder)) if folder else config)
     optimizer = make_optimizer(policy.model, config)
     if folder:
-        load_optimizer(optimizer, folder)
+        load_optimizer(optimizer, folder, policy.model)
     state, metrics = state or {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}, out / "metrics.jsonl"
     if rank == 0:                                            # rows behind the checkpoint come again
         out.mkdir(parents=True, exist_ok=True)
@@ -958,8 +1020,8 @@ def train(task, config, out):
         if step % config.save_every == 0 or step == config.steps or stop:
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
             state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
+            save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
             if rank == 0:
-                save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
                 for old in checkpoints(out)[2:]:
                     if old.name != f"step-{state['best'][0]}":
                         shutil.rmtree(old)
@@ -970,7 +1032,7 @@ def train(task, config, out):
     if stop:
         print(f"saved after step {state['step']}; the same command goes on from there", flush=True)
         return 128 + (interrupted or [signal.SIGTERM])[0]
-    if config.eval_problems and rank == 0:
+    if config.eval_problems and (rank == 0 or config.shard):
         report(policy, task, config, out)
     return 0
 
@@ -980,7 +1042,11 @@ def report(policy, task, config, out):
     out.mkdir(parents=True, exist_ok=True)
     for name in ("before", "after") if config.steps else (config.model,):
         print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
-        columns[name], records = evaluate(load_policy(config) if name == "before" else policy, task, held_out, config)
+        mine = load_policy(config) if name == "before" else policy
+        columns[name], records = evaluate(mine, task, held_out, config)
+        keep_step(mine.model)
+        if world()[0]:
+            continue
         with (out / "evaluation.jsonl").open("a") as file:
             row = {"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}
             file.write(json.dumps(row) + "\n")
@@ -1017,6 +1083,8 @@ def main(arguments=None):
         config.check()
         if "RANK" in os.environ and not dist.is_initialized():           # started by torchrun
             dist.init_process_group()
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if world()[0]:
             sys.stdout = open(os.devnull, "w")                           # one process speaks for all
         if config.dry_run:

@@ -1042,7 +1042,7 @@ def test_every_field_is_documented_and_an_option(capsys):
     "--task countdown:numbers", "--eval-traces 15", "--population 2", "--clip 1", "--clip nan", "--clip -0.1", "--lr 0", "--lr inf", "--temperature 0", "--steps -1",
     "--num-traces 0", "--num-traces -4", "--kl -1", "--seed -1", "--problems 0", "--updates 0", "--micro-batch-tokens 0", "--eval-split train", "--algo magic",
     "--estimator magic", "--steps many", "--nonsense 1", "--num-trace 8", "--search-weight -1",
-    "--max-prompt-tokens 5"])
+    "--max-prompt-tokens 5", "--algo spiral --shard"])
 def test_wrong_values_end_in_one_line_before_a_model_is_loaded(arguments, monkeypatch, capsys, tmp_path):
     def load_policy(config):
         raise AssertionError("a model was loaded")
@@ -1559,11 +1559,11 @@ def test_bf16_weights_are_trained_through_fp32_copies(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(value, b[i][key]) for i in a for key, value in a[i].items())
 
 
-def launch(processes, out, steps, **more):
+def launch(processes, out, steps, *more_options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), HERE / "spiral.py", *RESUMABLE]
-    options = ["--steps", steps, "--out", out, "--problems", 3, "--lr", 1e-3, "--search-weight", 1, "--save-every", 1]
+    options = ["--steps", steps, "--out", out, "--problems", 3, "--lr", 1e-3, "--search-weight", 1, "--save-every", 1, *more_options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([str(a) for a in (*command, *options)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    return subprocess.Popen([str(a) for a in (*command, *options)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def after_the_first_step(launched):
@@ -1574,10 +1574,12 @@ def after_the_first_step(launched):
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()]
 
 
-def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path):
+@pytest.mark.parametrize("options, shard", [((), ()), ((), ("--shard", "--micro-batch-tokens", 600)), (("--lora-rank", 4, "--gradient-checkpointing"), ("--shard",))])
+def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, options, shard):
+    """--shard too, where the processes have passes and micro-batches of their own to make, and one not as many as the other."""
     one, two = tmp_path / "one", tmp_path / "two"
-    assert launch(1, one, 3).wait() == 0
-    killed = launch(2, two, 30)
+    assert launch(1, one, 3, *options).wait() == 0
+    killed = launch(2, two, 30, *options, *shard)
     workers = after_the_first_step(killed)
     for pid in (killed.pid, *workers):
         os.kill(pid, signal.SIGKILL)
@@ -1585,7 +1587,7 @@ def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path):
     for late in two.glob("step-*"):                             # the kill may have come a step or two late
         if late.name != "step-1":
             shutil.rmtree(late)
-    done = launch(2, two, 3)
+    done = launch(2, two, 3, *options, *shard)
     printed = done.communicate()[0]
     assert done.returncode == 0 and printed.count("step   3/3") == 1, printed
     for a, b in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):

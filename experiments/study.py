@@ -169,7 +169,7 @@ def training_row(piece, folder):
 def evaluate_piece(piece, checkpoint, folder):
     """Counts per problem: how many traces, votes, aggregations are right. Every number of experiments 1 to 6 follows from them."""
     began, sizes = (time.process_time(), time.time()), piece["evaluation"]
-    config = spiral.Config(task=piece["task"], model=str(checkpoint), max_trace_tokens=LIMITS[-1], max_aggregation_tokens=LIMITS[-1])
+    config = spiral.Config(task=piece["task"], model=str(checkpoint), max_trace_tokens=sizes.get("trace_tokens", LIMITS[-1]), max_aggregation_tokens=LIMITS[-1])
     policy, task, n, limits = spiral.load_policy(config), tasks.make_task(config.task), config.set_size, torch.tensor(LIMITS)
     problems, generator = task.problems(piece["split"], sizes["problems"], 0), torch.Generator().manual_seed(1)
     counts, lengths, kept = collections.defaultdict(list), collections.defaultdict(list), []        # lengths: output tokens of a completion
