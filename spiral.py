@@ -631,17 +631,6 @@ def micro_batches(groups, budget, share_prefix=True):
                    for name in ("tokens", "logprobs", "mask")]
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
-def in_step(model, batches):
-    """The micro-batches; with --shard, empty ones at the end, until every process has had its own."""
-    device = model.get_input_embeddings().weight.device
-    nothing = torch.zeros(1, 1, device=device)
-    empty = [[0]], nothing[0].long(), nothing.long(), nothing, nothing.bool(), nothing[0]
-    while True:
-        batch = next(batches, None)
-        if not (add_up(torch.ones(1) * (batch is not None)).item() if getattr(model, "sharded", False) else batch):
-            return
-        yield batch or empty
-
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -665,7 +654,12 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         model.zero_grad(set_to_none=True)
         sums = torch.zeros(4, dtype=torch.float64)           # loss, tokens, difference of the log-probs from the sampler's, entropy
         try:
-            for prompts, owner, tokens, old_logprobs, mask, advantages in in_step(model, micro_batches(groups, config.micro_batch_tokens, share_prefix)):
+            batches = [*micro_batches(groups, config.micro_batch_tokens, share_prefix)]
+            if config.shard:                                  # as many backward passes in every process: empty ones at the end
+                dist.all_reduce(most := torch.tensor(len(batches)), dist.ReduceOp.MAX)
+                empty = torch.zeros(1, 1, device=policy.device)
+                batches += [([[0]], empty[0].long(), empty.long(), empty, empty.bool(), empty[0])] * (int(most) - len(batches))
+            for prompts, owner, tokens, old_logprobs, mask, advantages in batches:
                 inputs = (prompts, owner, tokens, mask, config.temperature, share_prefix)
                 logprobs, entropies = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
