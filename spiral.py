@@ -16,7 +16,7 @@ Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a 
 config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
 """
 
-import argparse, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
+import argparse, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,12 +27,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tasks
@@ -260,7 +259,7 @@ def pad(rows, value, device):
 
 def shard(model, device):
     """FSDP2: each process keeps a slice of every layer, and gathers the rest of a layer while it runs. Embedding and head stay whole."""
-    mesh, model.sharded = init_device_mesh(device.type, (world()[1],)), True
+    mesh, model.sharded = dist.init_device_mesh(device.type, (world()[1],)), True
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         layer.set_gradient_divide_factor(1.0)                # gradients are added up, not averaged
@@ -295,35 +294,31 @@ class Samples:
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
     def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
-class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values [slots, heads, T, D]. In a decoding step, slot b writes at its own column."""
+class SlotLayer(DynamicLayer):
+    """One layer's keys and values [slots, heads, T, D]. In a decoding step, which sets rows, columns and length, slot b writes at its own column."""
     def __init__(self, keys, slots, length):
         super().__init__()
         self.keys, self.values = (keys.new_zeros(slots, keys.shape[1], length, keys.shape[3]) for _ in range(2))
         self.is_initialized = True
-        self.rows = self.columns = self.length = None       # set before each decoding step
 
     def update(self, keys, values, *args, **kwargs):
         self.keys[self.rows, :, self.columns] = keys[:, :, 0]
         self.values[self.rows, :, self.columns] = values[:, :, 0]
         return self.keys[:len(self.rows), :, :self.length], self.values[:len(self.rows), :, :self.length]
 
-    def lazy_initialization(self, keys, values): ...
-    def get_seq_length(self): return 0
-    def get_max_length(self): return self.keys.shape[2]
-    def get_mask_sizes(self, query_length): return self.keys.shape[2], 0
-
 class Slots:
-    """Memory of decoding: the cache, and the state and output of the completion in each slot. It stays with the policy from call to
-    call: fresh memory is slow, and CUDA graphs hold its addresses."""
-    def __init__(self, prefix, count, length, limit, device):
-        self.length, self.limit, self.graphs = length, limit, {}
+    """Memory of decoding: cache, state and output of the completion in each slot. Kept from call to call: fresh memory is slow, and CUDA graphs
+    hold its addresses."""
+    def __init__(self, prefix, count, length, limit, eos_ids, device):
+        self.length, self.limit, self.eos_ids, self.graphs = length, limit, eos_ids, {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
         self.cache = Cache(layers=[SlotLayer(layer.keys, count, length) for layer in prefix.layers])
         self.row, self.step, self.column, self.token = torch.zeros(4, count, dtype=torch.long, device=device)    # [slots] each
         self.done = torch.ones(count, dtype=torch.bool, device=device)
         self.uniforms = torch.zeros(count, limit + 1, dtype=torch.float64, device=device)
         self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()         # [slots, limit + 1]; the last column is trash
+        self.states = [self.row, self.step, self.column, self.token, self.done, self.uniforms, self.tokens, self.logprobs,
+                       *(tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))]
 
 def most_slots(model, length, device):
     """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
@@ -358,11 +353,9 @@ def capture(function, pool):
 
 @torch.no_grad()
 def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
-    """Sample `num_samples` completions of each prompt (a list of token lists); rows come in prompt-major order.
-
-    temperature 0 is greedy. max_rows: rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`: one, or a
-    list of one for each prompt, which makes a prompt's samples independent of the others. Raises ValueError for an empty prompt.
-    """
+    """Sample `num_samples` completions of each prompt (a list of token lists) -> Samples, in prompt-major order. temperature 0 is greedy. max_rows:
+    rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`: one, or a list of one for each prompt, which makes a
+    prompt's samples independent of the others. Raises ValueError for an empty prompt."""
     model, device = policy.model, policy.device
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt, and a token in each")
@@ -417,8 +410,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             padded = pad([prompt for prompt, _ in batch], policy.tokenizer.eos_id, device)               # [U, L]
             hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)                # causal: pads come last
             if not slots:
-                slots = policy.slots = Slots(prefix, size, bucket(longest), max_new_tokens, device)
-                slots.eos_ids = eos_ids
+                slots = policy.slots = Slots(prefix, size, bucket(longest), max_new_tokens, eos_ids, device)
             owner = torch.tensor([u for u, (_, rows) in enumerate(batch) for _ in rows], device=device)  # [new]
             rows, new = torch.tensor([r for _, rows in batch for r in rows], device=device), slice(alive, size - free)
             for layer, source in zip(slots.cache.layers, prefix.layers):
@@ -431,21 +423,17 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         # Decode: one token for every row; on the GPU eight, for a look at which rows are done waits for it
         length = int(slots.column[:alive].max()) + 1
         for i in range(1 if device.type == "cpu" else 8):
-            shape = alive, min(length + i, longest)
-            if not policy.graphs:
-                decode(*shape)
-                continue
-            shape = min(bucket(shape[0]), len(slots.done)), min(bucket(shape[1]), slots.length)
-            key = *shape, max_new_tokens, temperature
-            if key in slots.graphs:
-                slots.graphs[key]()
-                continue
-            decode(*shape)                                   # plainly, which warms up for the capture
-            try:
-                slots.graphs[key] = capture(lambda: decode(*shape), slots.pool)          # noqa: B023
-            except RuntimeError as error:
-                policy.graphs = False
-                print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
+            count, width = alive, min(length + i, longest)
+            if policy.graphs:                                # of few shapes
+                count, width = min(bucket(count), len(slots.done)), min(bucket(width), slots.length)
+            key, step = (count, width, max_new_tokens, temperature), functools.partial(decode, count, width)
+            slots.graphs.get(key, step)()                    # the first time plainly, which warms up for the capture
+            if policy.graphs and key not in slots.graphs:
+                try:
+                    slots.graphs[key] = capture(step, slots.pool)
+                except RuntimeError as error:
+                    policy.graphs = False
+                    print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
 
         # Stop: when a tenth has finished, their output leaves, and the last rows move into their slots
         gone = slots.done[:alive].nonzero()[:, 0]
@@ -453,9 +441,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             left = alive - len(gone)
             tokens[slots.row[gone]], logprobs[slots.row[gone]] = slots.tokens[gone, :max_new_tokens], slots.logprobs[gone, :max_new_tokens]
             holes, movers = gone[gone < left], (~slots.done[left:alive]).nonzero()[:, 0] + left
-            for layer in slots.cache.layers if len(holes) else ():
-                layer.keys[holes, :, :length], layer.values[holes, :, :length] = layer.keys[movers, :, :length], layer.values[movers, :, :length]
-            for state in (slots.row, slots.step, slots.column, slots.token, slots.done, slots.uniforms, slots.tokens, slots.logprobs):
+            for state in slots.states if len(holes) else ():
                 state[holes] = state[movers]
             slots.done[left:alive], alive = True, left
 
