@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
 from transformers.cache_utils import Cache, DynamicLayer
@@ -254,8 +255,7 @@ def attention_mask(model, allowed, query_positions, key_positions):
 
 def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
 
 def shard(model, device):
     """FSDP2: each process keeps a slice of every layer, and gathers the rest of a layer while it runs. Embedding and head stay whole."""
@@ -482,8 +482,7 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no limit) these lose their beginnings, for
     answers come last: short ones stay whole, the others share the room equally. Raises ValueError when the problem leaves no room."""
     def build(texts):
-        listed = (CANDIDATE.format(i + 1) + text + CANDIDATE_END for i, text in enumerate(texts))
-        return tokenizer.chat(prompt + "".join(listed) + AGGREGATE)
+        return tokenizer.chat(prompt + "".join(CANDIDATE.format(i) + text + CANDIDATE_END for i, text in enumerate(texts, 1)) + AGGREGATE)
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], max_tokens - len(build([""] * len(traces)))
     while max_tokens and len(tokens) > max_tokens:
@@ -544,35 +543,35 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     chunks = [recompute(chunk_logprobs, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
     return tuple(map(torch.cat, zip(*chunks)))
 
-def length_buckets(lengths, slack=1.1):
-    """Row numbers in groups whose lengths are within a factor `slack` of each other."""
-    buckets = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if not buckets or lengths[row] > slack * lengths[buckets[-1][0]]:
-            buckets.append([])
-        buckets[-1].append(row)
+def length_buckets(items, length, size=lambda item: 0, budget=math.inf):
+    """Items in lists, the shortest first: in each of like `length`, for little padding, and of at most `budget` in `size` together."""
+    buckets, room = [], budget
+    for item in sorted(items, key=lambda item: (length(item), size(item))):
+        if not buckets or length(item) > 1.1 * length(buckets[-1][0]) or size(item) > room:
+            buckets, room = buckets + [[]], budget
+        buckets[-1].append(item)
+        room -= size(item)
     return buckets
 
 def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
     """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask
     [B, T], each row True from its start. share_prefix: a prompt runs once, forward and backward, however many completions read its
     keys and values. Exact: the same gradients as with one whole sequence for each completion, which is the other path."""
-    device, parts = tokens.device, []
+    device, parts, counts = tokens.device, [], mask.sum(-1).tolist()
     lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
     if share_prefix:
         prefix = DynamicCache()
         hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]                               # [U, d]
-    for rows in length_buckets(mask.sum(-1).tolist()):
-        rows = torch.tensor(rows, device=device)
-        mine, width = owner[rows], int(mask[rows].sum(-1).max())
+    for rows in length_buckets(range(len(counts)), counts.__getitem__):
+        width, rows = counts[rows[-1]], torch.tensor(rows, device=device)                                   # the longest comes last
+        mine = owner[rows]                                                                                  # [b]
         completion, present = tokens[rows, :width], mask[rows, :width]                                      # [b, t]
         steps, (row, step) = torch.arange(width, device=device), present.nonzero(as_tuple=True)             # [t], [M] of the M tokens
         positions = lengths[mine][:, None] + steps                                                          # [b, t]
         if share_prefix:
-            cache, hidden = DynamicCache(), last[mine][:, None]                                             # predicts the first token
-            for i, layer in enumerate(prefix.layers):
-                cache.update(layer.keys.index_select(0, mine), layer.values.index_select(0, mine), i)
+            cache = DynamicCache([(layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers])
+            hidden = last[mine][:, None]                                                                    # predicts the first token
             if width > 1:
                 columns = torch.arange(padded.shape[1], device=device).expand(len(rows), -1)
                 before = (columns < lengths[mine][:, None])[:, None].expand(-1, width - 1, -1)              # the prompt, not its padding
@@ -583,8 +582,8 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
                 hidden = torch.cat([hidden, later], 1)                                                      # [b, t, d]
             hidden = hidden[row, step]
         else:
-            whole = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad(whole, 0, device), use_cache=False)[row, positions[row, step] - 1]      # [M, d]
+            sequences = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
+            hidden = hidden_states(model, pad(sequences, 0, device), use_cache=False)[row, positions[row, step] - 1]      # [M, d]
         parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
     row, step, *values = map(torch.cat, zip(*parts))
     return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
@@ -604,17 +603,9 @@ def micro_batches(groups, budget, share_prefix=True):
         half = len(group.advantages) // 2
         return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
 
-    batches, room = [], 0
-    for group in sorted(itertools.chain(*map(split, groups)), key=lambda group: (len(group.prompt), size(group))):
-        if not batches or size(group) > room or len(group.prompt) > 1.1 * len(batches[-1][0].prompt):        # little padding
-            batches, room = batches + [[]], budget
-        batches[-1].append(group)
-        room -= size(group)
-    for batch in batches:
-        width = max(group.samples.tokens.shape[1] for group in batch)
+    for batch in length_buckets(itertools.chain(*map(split, groups)), lambda group: len(group.prompt), size, budget):
         owner = torch.cat([torch.full_like(group.advantages, u, dtype=torch.long) for u, group in enumerate(batch)])
-        columns = [torch.cat([torch.nn.functional.pad(getattr(group.samples, name), (0, width - group.samples.mask.shape[1])) for group in batch])
-                   for name in ("tokens", "logprobs", "mask")]
+        columns = [pad_sequence([row for group in batch for row in getattr(group.samples, name)], True) for name in ("tokens", "logprobs", "mask")]
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
 def trained(model):
@@ -674,11 +665,11 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         if not is_slice:
             add_up(master.grad)
-    norms = [torch.nn.utils.get_total_norm([m.grad for m, is_slice in zip(masters, slices) if m.grad is not None and is_slice == kind]) for kind in (False, True)]
-    norm = torch.hypot(norms[0], add_up(norms[1] ** 2).sqrt()) if any(slices) else norms[0]
+    gradients = [[m.grad for m, is_slice in zip(masters, slices) if m.grad is not None and is_slice == kind] for kind in (False, True)]
+    norm, slice_norm = map(torch.nn.utils.get_total_norm, gradients)
+    norm = torch.hypot(norm, add_up(slice_norm ** 2).sqrt())
     torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm)
-    loss, tokens, difference, entropy = add_up(sums).tolist()
-    norm = norm.item()
+    (loss, tokens, difference, entropy), norm = add_up(sums).tolist(), norm.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
         optimizer.step()
@@ -829,10 +820,9 @@ def recursive_self_aggregation(policy, task, problems, config, population=None, 
 
 def solve(policy, task, problem, config, generator=None, show=print):
     """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Returns the answer or None; `show` gets a line after each."""
-    texts = search(policy, task, [problem], config, config.population, generator)[2]
-    for step in range(config.rsa_steps + 1):
-        if step:
-            texts = recursive_self_aggregation(policy, task, [problem], config, texts, 1, generator)[-1]
+    texts = None
+    for step in range(config.rsa_steps + 1):                 # step 0: fresh traces
+        texts = recursive_self_aggregation(policy, task, [problem], config, texts, min(step, 1), generator)[-1]
         votes = Counter(task.answer(text) or "no answer" for text in texts[0])
         show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
     return majority_vote(map(task.answer, texts[0]))
@@ -920,25 +910,21 @@ def load_optimizer(optimizer, folder, model):
 def diagnosis(stats, config, dtype=torch.float32):
     """Plain lines about what people otherwise puzzle over."""
     percent = lambda name: f"{100 * stats.get(name, 0):.0f}%"                             # noqa: E731
-    final = "search" if config.algo == "grpo" else "aggregation"
-    if not stats["useful_problems"]:
-        yield (f"no problem has an advantage: nothing to learn from ({percent('all_right')} of the problems have every answer right, "
-               f"{percent('all_wrong')} every answer wrong). Make the task easier or harder, or draw more")
-    elif stats["useful_problems"] < config.problems and config.max_draws > 1:
-        yield f"only {stats['useful_problems']} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"
-    if stats.get(f"{final}_truncated", 0) > 0.5:
-        option_name = "--max-trace-tokens" if final == "search" else "--max-aggregation-tokens"
-        yield f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise {option_name}"
-    if stats.get("prompts_at_limit", 0) > 0.1:
-        yield f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"
-    if stats["no_answer"] > 0.9:
-        yield f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"
-    if stats["search_entropy"] < 0.02:
-        yield f"entropy of the search traces is {stats['search_entropy']:.3f} nats a token: the traces of a problem are nearly the same (collapse)"
-    if stats["logprob_difference"] > (1e-4 if dtype == torch.float32 else 0.01):
-        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token: the gradient is off-policy"
-    if stats["skipped"]:
-        yield "loss or gradient is not finite: step skipped, weights unchanged"
+    final, limit = ("search", "--max-trace-tokens") if config.algo == "grpo" else ("aggregation", "--max-aggregation-tokens")
+    useful, entropy, difference = stats["useful_problems"], stats["search_entropy"], stats["logprob_difference"]
+    return [line for seen, line in (
+        (not useful, f"no problem has an advantage: nothing to learn from ({percent('all_right')} of the problems have every answer right, "
+                     f"{percent('all_wrong')} every answer wrong). Make the task easier or harder, or draw more"),
+        (0 < useful < config.problems and config.max_draws > 1,
+         f"only {useful} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"),
+        (stats.get(f"{final}_truncated", 0) > 0.5, f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise {limit}"),
+        (stats.get("prompts_at_limit", 0) > 0.1,
+         f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"),
+        (stats["no_answer"] > 0.9, f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"),
+        (entropy < 0.02, f"entropy of the search traces is {entropy:.3f} nats a token: the traces of a problem are nearly the same (collapse)"),
+        (difference > (1e-4 if dtype == torch.float32 else 0.01),
+         f"sampler and trainer disagree by {difference:.1e} nats a token: the gradient is off-policy"),
+        (stats["skipped"], "loss or gradient is not finite: step skipped, weights unchanged")) if seen]
 
 def train(task, config, out):
     """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then the evaluation. Returns the exit code."""
@@ -973,7 +959,7 @@ def train(task, config, out):
         print("finishing this step, then saving; once more stops at once", flush=True)
 
     handlers, stop = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}, False
-    while state["step"] < config.steps and not stop:
+    while state["step"] < config.steps and state["bad"] < 5 and not stop:
         began, step = time.time(), state["step"] + 1
         records, useful, found, cursor = collect(policy, task, problems, state["cursor"], config)
         sampled = time.time()
@@ -994,30 +980,25 @@ def train(task, config, out):
             print(f"  note: {line}", flush=True)
         if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
             print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
-        if state["bad"] == 5:
-            print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
-            break
-        if step % config.save_every == 0 or step == config.steps or stop:
+        if bad < 5 and (step % config.save_every == 0 or step == config.steps or stop):
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
             state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
             save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
-            if rank == 0:
-                for old in checkpoints(out)[2:]:
-                    if old.name != f"step-{state['best'][0]}":
-                        shutil.rmtree(old)
+            for old in checkpoints(out)[2:] if rank == 0 else ():
+                if old.name != f"step-{state['best'][0]}":
+                    shutil.rmtree(old)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if state["bad"] == 5:
+        print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
         return 1
     if stop:
         print(f"saved after step {state['step']}; the same command goes on from there", flush=True)
         return 128 + (interrupted or [signal.SIGTERM])[0]
-    if config.eval_problems and (rank == 0 or config.shard):
-        report(policy, task, config, out)
-    return 0
+    return report(policy, task, config, out) if config.eval_problems and (rank == 0 or config.shard) else 0
 
 def report(policy, task, config, out):
-    """The table, on problems never trained on; also to evaluation.jsonl, and all texts to records-*.jsonl. steps 0: of this policy alone."""
+    """The table, on problems never trained on; also to evaluation.jsonl, all texts to records-*.jsonl. steps 0: of this policy alone. Returns 0."""
     held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("before", "after") if config.steps else (config.model,):
@@ -1035,6 +1016,7 @@ def report(policy, task, config, out):
     for key, value in columns[name].items():
         before = columns.get("before", {}).get(key)
         print(f"{key:<18}" + (f"{before:10.3f}{value:10.3f}{value - before:+10.3f}" if config.steps else f"{value:10.3f}"))
+    return 0
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
@@ -1075,11 +1057,8 @@ def main(arguments=None):
         out = Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
         if config.ask:
             print(f"answer: {solve(load_policy(config), task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
-        elif config.steps:
-            return train(task, config, out)
-        else:
-            report(load_policy(config), task, config, out)
-        return 0
+            return 0
+        return train(task, config, out) if config.steps else report(load_policy(config), task, config, out)
     except torch.OutOfMemoryError:
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
     except (ValueError, OSError, SafetensorError) as error:      # a full disk among them
