@@ -274,15 +274,9 @@ def keep_step(model):
         nothing = nothing + 0 * model.base_model(input_ids=token, use_cache=False).last_hidden_state.sum()
     return nothing
 
-def local(tensor):
-    """What this process holds of a tensor; the memory is the same."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-def whole(part, parameter):
-    """The whole of a tensor that is split as `parameter` is, for which all processes call it at once."""
-    if not isinstance(parameter, DTensor) or not part.ndim:
-        return part
-    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
+def whole(tensor):
+    """The whole of a tensor that may be split, for which all processes call it at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 # ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
 
@@ -573,10 +567,10 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
             cache = DynamicCache([(layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers])
             hidden = last[mine][:, None]                                                                    # predicts the first token
             if width > 1:
-                columns = torch.arange(padded.shape[1], device=device).expand(len(rows), -1)
-                before = (columns < lengths[mine][:, None])[:, None].expand(-1, width - 1, -1)              # the prompt, not its padding
-                causal = (steps[:-1] <= steps[:-1, None]).expand(len(rows), -1, -1)
-                seen, keys = torch.cat([before, causal], 2), torch.cat([columns, positions[:, :-1]], 1)     # [b, t-1, L+t-1], [b, L+t-1]
+                columns = torch.arange(padded.shape[1], device=device).expand(len(rows), -1)                # [b, L]
+                columns = columns.masked_fill(columns >= lengths[mine][:, None], 1 << 30)                   # padding comes after everything
+                keys = torch.cat([columns, positions[:, :-1]], 1)                                           # [b, L+t-1]
+                seen = keys[:, None] <= positions[:, :-1, None]                                             # [b, t-1, L+t-1]
                 later = hidden_states(model, completion[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True,
                                       attention_mask=attention_mask(model, seen, positions[:, :-1], keys))
                 hidden = torch.cat([hidden, later], 1)                                                      # [b, t, d]
@@ -612,9 +606,9 @@ def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 def make_optimizer(model, config):
-    """AdamW. Its parameters are fp32: the model's own (or the slice of this process), or copies of those in bf16, which `update` keeps in step."""
-    masters = [p if p.dtype == torch.float32 and local(p) is p else local(p.detach()).float().requires_grad_() for p in trained(model)]
-    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
+    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False if config.shard else None)
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one
@@ -648,7 +642,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
                 (loss / num_problems + keep_step(model)).backward()
                 for parameter, master in zip(trained(model), masters):
                     if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
-                        master.grad = local(parameter.grad).float() + (0 if master.grad is None else master.grad)
+                        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
                         parameter.grad = None
                 parts = loss / num_problems, mask.sum(), (logprobs - old_logprobs).abs().sum(), entropies.sum()
                 sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
@@ -660,22 +654,22 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
             print(f"out of memory: going on with --micro-batch-tokens {config.micro_batch_tokens}", flush=True)
             torch.cuda.empty_cache()
     model.eval()
-    slices = [isinstance(parameter, DTensor) for parameter in trained(model)]         # FSDP has added up the gradients of these
-    for master, is_slice in zip(masters, slices) if dist.is_initialized() else ():
+    for master in masters if dist.is_initialized() else ():
         master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        if not is_slice:
+        if not isinstance(master, DTensor):                  # FSDP has added up those of the slices
             add_up(master.grad)
-    gradients = [[m.grad for m, is_slice in zip(masters, slices) if m.grad is not None and is_slice == kind] for kind in (False, True)]
-    norm, slice_norm = map(torch.nn.utils.get_total_norm, gradients)
+    gradients = [master.grad for master in masters if master.grad is not None]
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
+    slice_norm = torch.nn.utils.get_total_norm([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
     norm = torch.hypot(norm, add_up(slice_norm ** 2).sqrt())
-    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm, foreach=False if config.shard else None)
     (loss, tokens, difference, entropy), norm = add_up(sums).tolist(), norm.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
         optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(trained(model), masters):
-                local(parameter).copy_(master)
+                parameter.copy_(master)
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
             "trained_tokens": int(tokens), "trained_entropy": entropy / max(tokens, 1), "skipped": int(not finite)}
@@ -854,10 +848,10 @@ def evaluate(policy, task, problems, config, seed=0):
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All
     processes call it; one writes."""
-    weights = {name: whole(local(value), value).cpu() for name, value in policy.model.state_dict().items()}
-    parameters, masters = trained(policy.model), optimizer.param_groups[0]["params"] if policy.model.dtype != torch.float32 else ()
-    adam = {f"{i}.{name}": whole(value, parameters[i]).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    adam |= {f"{i}.master": whole(master.detach(), parameters[i]) for i, master in enumerate(masters)}
+    weights = {name: whole(value).cpu() for name, value in policy.model.state_dict().items()}
+    adam = {f"{i}.{name}": whole(value).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
+    masters = optimizer.param_groups[0]["params"] if policy.model.dtype != torch.float32 else ()
+    adam |= {f"{i}.master": whole(master.detach()) for i, master in enumerate(masters)}
     if world()[0]:
         return
     aside = folder.with_name("unfinished")
@@ -893,16 +887,16 @@ def newest_checkpoint(out):
         print(f"{folder} is damaged ({', '.join(torn)}): going on with the one before", flush=True)
     return None, None
 
-def load_optimizer(optimizer, folder, model):
-    saved, masters, parameters = {}, optimizer.param_groups[0]["params"], trained(model)
+def load_optimizer(optimizer, folder):
+    saved, masters = {}, optimizer.param_groups[0]["params"]
     for name, value in load_file(folder / "optimizer.safetensors").items():
-        index, key = name.split(".")
-        if isinstance(parameter := parameters[int(index)], DTensor) and value.ndim:
-            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements).to_local()
+        index, key = int(name.split(".")[0]), name.split(".")[1]
+        if isinstance(master := masters[index], DTensor) and value.ndim:
+            value = distribute_tensor(value.to(master.device), master.device_mesh, master.placements)
         if key == "master":
-            masters[int(index)].data.copy_(value)
+            master.data.copy_(value)
         else:
-            saved.setdefault(int(index), {})[key] = value
+            saved.setdefault(index, {})[key] = value
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -940,7 +934,7 @@ def train(task, config, out):
     policy = load_policy(replace(config, model=str(folder)) if folder else config)
     optimizer = make_optimizer(policy.model, config)
     if folder:
-        load_optimizer(optimizer, folder, policy.model)
+        load_optimizer(optimizer, folder)
     state, metrics = state or {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}, out / "metrics.jsonl"
     if rank == 0:                                            # rows behind the checkpoint come again
         out.mkdir(parents=True, exist_ok=True)
@@ -978,7 +972,7 @@ def train(task, config, out):
               f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
         for line in diagnosis(stats, config, policy.model.dtype):
             print(f"  note: {line}", flush=True)
-        if config.transcript_every and (step == 1 or step % config.transcript_every == 0):
+        if records and config.transcript_every and (step == 1 or step % config.transcript_every == 0):
             print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
         if bad < 5 and (step % config.save_every == 0 or step == config.steps or stop):
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
