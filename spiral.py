@@ -1,8 +1,7 @@
 """SPIRAL: Learning to Search and Aggregate (arXiv 2606.23595), in one file.
 
-One language model plays two roles. It *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. It *aggregates*: for
-each of K sets G_k of n traces it writes N2 final answers z_km that read the traces of the set. Only the final answers are
-rewarded (r_km, by the task's verifier). The objective, and its gradient:
+One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it *aggregates*: for each of K sets G_k of n traces it
+writes N2 final answers z_km that read them. Only these are rewarded (r_km, by the task's verifier). The objective, and its gradient:
 
     J(theta)   = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
     grad J     = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]      search term: how useful was the set I was in?   (set RL)
@@ -110,8 +109,8 @@ class Config:
         need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
              f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
         need(self.clip < 1, "clip", "must be below 1")
-        need(not self.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard", "needs torchrun and at least 2 processes")
-        need(not (self.shard and self.kl), "shard", "can't hold a start policy: --kl 0")
+        need(not self.shard or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.kl), "shard",
+             "needs torchrun, at least 2 processes, and --kl 0 (it can't hold a start policy)")
         pick_device(self.device)
 
 def pick_device(name):
@@ -141,8 +140,7 @@ AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, 
 TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
 
 class TinyTokenizer:
-    """A tiktoken encoding built here: bytes as the fallback, integers below 1000, the tasks' phrases and the role markers
-    as single tokens. The same readable prompts as for large models thus cost the tiny one a handful of tokens."""
+    """A tiktoken encoding built here. Integers below 1000, the tasks' phrases and role markers are single tokens: readable prompts stay short."""
     def __init__(self):
         words = [*tasks.WORDS, *(str(n) for n in range(10, 1000))]
         ranks = {bytes([b]): b for b in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
@@ -232,11 +230,13 @@ def check_fit(config, task, problems):
     if needed > limit:
         raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
-def hidden_states(model, tokens, **inputs):
-    """Last hidden states [B, T, d]: the model without its vocabulary head."""
+def hidden_states(model, tokens, cache=None, positions=None, keys=None):
+    """Last hidden states [B, T, d]: the model without its vocabulary head. Behind a filled `cache`: with positions [B, T], and those of the
+    `keys` they may attend to, [B or 1, S] (cached ones and their own)."""
     if getattr(model, "sharded", False):
         add_up(torch.ones(1))                                # see keep_step
-    return model.base_model(input_ids=tokens, **inputs).last_hidden_state
+    inputs = {} if positions is None else {"position_ids": positions, "attention_mask": attention_mask(model, positions, keys)}
+    return model.base_model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **inputs).last_hidden_state
 
 def head(model, hidden, temperature):
     """Logits at `temperature`, fp32 [..., V]."""
@@ -244,14 +244,14 @@ def head(model, hidden, temperature):
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
 
-def attention_mask(model, allowed, query_positions, key_positions):
-    """`allowed` [B, Q, T] (True = attend) as the model takes it, with sliding windows. load_policy asks for SDPA: eager misreads bool masks."""
-    settings = model.config.get_text_config()
+def attention_mask(model, positions, keys):
+    """Which keys [B or 1, S] are not after positions [B, T] nor before their sliding window. load_policy asks for SDPA: eager misreads bool masks."""
+    settings, allowed = model.config.get_text_config(), keys[:, None] <= positions[:, :, None]               # [B, T, S], True = attend
     kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
-    near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window) if window else allowed
+    near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
     if "sliding_attention" in kinds:
         return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
-    return (allowed if kinds else near)[:, None]            # [B, 1, Q, T]
+    return (allowed if kinds else near)[:, None]            # [B, 1, T, S]
 
 def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
@@ -301,8 +301,7 @@ class SlotLayer(DynamicLayer):
         return self.keys[:len(self.rows), :, :self.length], self.values[:len(self.rows), :, :self.length]
 
 class Slots:
-    """Memory of decoding: cache, state and output of the completion in each slot. Kept from call to call: fresh memory is slow, and CUDA graphs
-    hold its addresses."""
+    """Memory of decoding: cache, state and output of each slot. Kept from call to call: fresh memory is slow, and CUDA graphs hold its addresses."""
     def __init__(self, prefix, count, length, limit, eos_ids, device):
         self.length, self.limit, self.eos_ids, self.graphs = length, limit, eos_ids, {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
@@ -383,9 +382,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         column, slot, keys = slots.column[:count], torch.arange(count, device=device), torch.arange(length, device=device)[None]
         for layer in slots.cache.layers:
             layer.rows, layer.columns, layer.length = slot, column, length
-        mask = attention_mask(model, keys[:, None] <= column[:, None, None], column[:, None], keys)
-        hidden = hidden_states(model, slots.token[:count, None], position_ids=column[:, None], attention_mask=mask,
-                               past_key_values=slots.cache, use_cache=True)
+        hidden = hidden_states(model, slots.token[:count, None], slots.cache, column[:, None], keys)                     # [count, 1, d]
         emit(head(model, hidden[:, 0], temperature or 1.0), slice(count))
         column += ~slots.done[:count]
 
@@ -402,7 +399,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             prefix = DynamicCache()
             lengths = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                  # [U]
             padded = pad([prompt for prompt, _ in batch], policy.tokenizer.eos_id, device)               # [U, L]
-            hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)                # causal: pads come last
+            hidden = hidden_states(model, padded, prefix)                                                # causal: pads come last
             if not slots:
                 slots = policy.slots = Slots(prefix, size, bucket(longest), max_new_tokens, eos_ids, device)
             owner = torch.tensor([u for u, (_, rows) in enumerate(batch) for _ in rows], device=device)  # [new]
@@ -555,7 +552,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
     lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
     if share_prefix:
         prefix = DynamicCache()
-        hidden = hidden_states(model, padded, past_key_values=prefix, use_cache=True)
+        hidden = hidden_states(model, padded, prefix)
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]                               # [U, d]
     for rows in length_buckets(range(len(counts)), counts.__getitem__):
         width, rows = counts[rows[-1]], torch.tensor(rows, device=device)                                   # the longest comes last
@@ -567,17 +564,14 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
             cache = DynamicCache([(layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers])
             hidden = last[mine][:, None]                                                                    # predicts the first token
             if width > 1:
-                columns = torch.arange(padded.shape[1], device=device).expand(len(rows), -1)                # [b, L]
-                columns = columns.masked_fill(columns >= lengths[mine][:, None], 1 << 30)                   # padding comes after everything
-                keys = torch.cat([columns, positions[:, :-1]], 1)                                           # [b, L+t-1]
-                seen = keys[:, None] <= positions[:, :-1, None]                                             # [b, t-1, L+t-1]
-                later = hidden_states(model, completion[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True,
-                                      attention_mask=attention_mask(model, seen, positions[:, :-1], keys))
-                hidden = torch.cat([hidden, later], 1)                                                      # [b, t, d]
+                columns = torch.arange(padded.shape[1], device=device)                                      # [L]; padding is after everything
+                keys = torch.cat([torch.where(columns < lengths[mine][:, None], columns, 1 << 30), positions[:, :-1]], 1)     # [b, L+t-1]
+                later = hidden_states(model, completion[:, :-1], cache, positions[:, :-1], keys)            # [b, t-1, d]
+                hidden = torch.cat([hidden, later], 1)
             hidden = hidden[row, step]
         else:
             sequences = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad(sequences, 0, device), use_cache=False)[row, positions[row, step] - 1]      # [M, d]
+            hidden = hidden_states(model, pad(sequences, 0, device))[row, positions[row, step] - 1]      # [M, d]
         parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
     row, step, *values = map(torch.cat, zip(*parts))
     return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
@@ -611,9 +605,8 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False if config.shard else None)
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
-    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one
-    denominator of the whole batch, so the gradient doesn't depend on the micro-batches. Completions without an advantage
-    contribute nothing and are left out. NaN or inf never reaches the weights: the step is skipped."""
+    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems` is the one denominator of the whole batch, over
+    all processes: micro-batches don't matter. Completions without an advantage are left out. NaN or inf: the step is skipped, weights stay."""
     groups = [group if config.kl else group[group.advantages != 0] for group in groups]
     groups = [group for group in groups if len(group.advantages)]
     completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
@@ -699,8 +692,7 @@ def rewards_of(task, problems, texts, device=None):
     return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
 
 def rollout(policy, task, problems, config, generators):
-    """The whole pipeline on P problems -> P records: a dict each, with `groups` for the update and the rest for people. One generator
-    a problem: what it samples doesn't depend on the batch, nor on the process that samples it."""
+    """The whole pipeline on P problems, each with its own generator -> P records: dicts with `groups` for the update and the rest for people."""
     num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
 
     def groups_of(prompts, samples, advantages):
@@ -735,9 +727,8 @@ def problem_at(problems, seed, i):
     return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
 
 def collect(policy, task, problems, cursor, config):
-    """Dynamic sampling: roll out until config.problems have an advantage that is not zero, or max_draws times as many are drawn. Returns
-    (all records, those to train on, their number over all processes, the cursor behind the last problem). Each process takes every
-    `processes`-th problem; the randomness of a problem depends on config.seed and its place alone."""
+    """Dynamic sampling: roll out until config.problems have an advantage, or max_draws times as many are drawn. Each process takes every `processes`-th
+    problem, whose randomness is of config.seed and its place alone. Returns (records, those to train on, their number everywhere, the next cursor)."""
     records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
     while found < config.problems and cursor < limit:
         end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
@@ -758,14 +749,14 @@ def statistics(task, records, useful, config):
     rates = {"answer_reward": total(final), "trace_reward": total([record["trace_rewards"] for record in records]),
              "all_right": total([(x == 1).all() for x in final]), "all_wrong": total([(x == 0).all() for x in final]),
              "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
-    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefilled_tokens": 0}
+    everything = [group for record in records for group in record["groups"]]
+    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": total([g.samples.mask for g in everything])[0],
+              "prefilled_tokens": sum(len(g.prompt) for g in everything)}
     for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
         groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
         tokens, truncated = total([g.samples.mask for g in groups])[0], total([g.samples.truncated for g in groups])
         rates |= {f"{role}_length": (tokens, truncated[1]), f"{role}_truncated": truncated,
                   f"{role}_entropy": (-total([g.samples.logprobs for g in groups])[0], tokens)}                        # E[-log pi]
-        counts["sampled_tokens"] += tokens
-        counts["prefilled_tokens"] += sum(len(g.prompt) for g in groups)
         if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
             rates["prompts_at_limit"] = (sum(len(g.prompt) > config.max_prompt_tokens - config.set_size for g in groups), len(groups))
     sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))
@@ -846,8 +837,7 @@ def evaluate(policy, task, problems, config, seed=0):
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed to disk, then renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All
-    processes call it; one writes."""
+    """Written aside, flushed, then renamed: a crash at any instant leaves the last whole checkpoint. All processes call it; one writes."""
     weights = {name: whole(value).cpu() for name, value in policy.model.state_dict().items()}
     adam = {f"{i}.{name}": whole(value).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     masters = optimizer.param_groups[0]["params"] if policy.model.dtype != torch.float32 else ()
@@ -1014,9 +1004,8 @@ def report(policy, task, config, out):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-PRESETS = {"paper": dict(       # plain data; the last line is ours, as the paper doesn't disclose it
-    num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5, lora_rank=32,
-    problems=256, temperature=1.0, kl=0.0,
+PRESETS = {"paper": dict(       # the last line is ours, as the paper doesn't disclose it; temperature 1 and no KL are the defaults
+    num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5, lora_rank=32, problems=256,
     dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50)}
 PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
 PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B

@@ -1623,7 +1623,7 @@ def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = spiral.hidden_states(policy.model, torch.zeros(1, 256, dtype=torch.long), use_cache=False)
+        hidden = spiral.hidden_states(policy.model, torch.zeros(1, 256, dtype=torch.long))
     assert hidden.requires_grad and planned["update"] == pytest.approx(sum(count for count, _ in saved.values()), rel=0.15)
 
 
