@@ -37,7 +37,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import tasks
 
 # ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
-
 def option(default, text, choices=None, low=None):
     """`low`: the least value allowed; without it it must be above 0."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low})
@@ -77,7 +76,7 @@ class Config:
     max_aggregation_tokens: int = option(96, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
-    shard: bool = option(False, "under torchrun: split weights, gradients and optimizer state over the processes (FSDP2), for models too large for one")
+    shard: bool = option(False, "under torchrun: weights, gradients and optimizer state split over the processes (FSDP2), for models too large for one")
     dtype: str = option("auto", "of the weights; bf16 ones train by fp32 copies. auto: bf16 for your own model on a GPU", ("auto", "fp32", "bf16"))
     lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
     keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
@@ -109,8 +108,8 @@ class Config:
         need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
              f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
         need(self.clip < 1, "clip", "must be below 1")
-        need(not self.shard or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.kl), "shard",
-             "needs torchrun, at least 2 processes, and --kl 0 (it can't hold a start policy)")
+        need(not self.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard", "needs torchrun and at least 2 processes")
+        need(not (self.shard and self.kl), "shard", "can't hold a start policy: --kl 0")
         pick_device(self.device)
 
 def pick_device(name):
@@ -133,7 +132,6 @@ def add_up(tensor):
     return tensor
 
 # ---- Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs. -----------------
-
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, settle their "
              "disagreements, and if all are wrong try another way. Then end with the answer in the format asked for.\n")
@@ -279,7 +277,6 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 # ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
-
 @dataclass
 class Samples:
     tokens: torch.Tensor         # [B, T] int64
@@ -323,8 +320,7 @@ def most_slots(model, length, device):
     return max(1, free // 2 // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
 
 def draw_tokens(logits, uniforms, greedy):
-    """Tokens by inverting the CDF at one uniform number a row, and their log-probs. logits [B, V] fp32, uniforms [B] fp64.
-    A row's randomness is thus its own: what is sampled doesn't depend on which rows share its batch."""
+    """Tokens, and log-probs, by inverting the CDF at one uniform number a row: its very own randomness. logits [B, V] fp32, uniforms [B] fp64."""
     if greedy:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])        # a point mass: log-prob 0
     logprobs = logits.log_softmax(-1)                                   # [B, V]
@@ -396,10 +392,9 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
                 if len(rows) > free:                         # more samples than slots: the rest waits
                     waiting.append((prompt, rows[free:]))
                 free -= len(batch[-1][1])
-            prefix = DynamicCache()
             lengths = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                  # [U]
             padded = pad([prompt for prompt, _ in batch], policy.tokenizer.eos_id, device)               # [U, L]
-            hidden = hidden_states(model, padded, prefix)                                                # causal: pads come last
+            hidden = hidden_states(model, padded, prefix := DynamicCache())                              # causal: pads come last
             if not slots:
                 slots = policy.slots = Slots(prefix, size, bucket(longest), max_new_tokens, eos_ids, device)
             owner = torch.tensor([u for u, (_, rows) in enumerate(batch) for _ in rows], device=device)  # [new]
@@ -442,7 +437,6 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
 
 # ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
-
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each shuffled. Uniform without replacement; or balanced:
     each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError when there are no such sets."""
@@ -487,9 +481,7 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
         room -= len(tokens) - max_tokens                     # cutting can change how the text splits into tokens: then once more
     return tokens
 
-# ---- Advantages. Leave-one-out: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) is unbiased for grad J (paper.md section 5). ----
-# The tests check it by enumeration. No division by a standard deviation anywhere.
-
+# ---- Advantages: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) is unbiased for grad J (paper.md section 5; tests enumerate it). ----
 def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
     """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1]. A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)).
     Other sets with the same trace cancel the fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j."""
@@ -510,11 +502,10 @@ def aggregation_advantages(rewards, estimator="leave-one-out"):
     return advantages if estimator == "published" else advantages / ((rewards.shape[-1] - 1) * rewards.shape[1])
 
 def grpo_advantages(rewards):
-    """(r_j - mean_{i != j} r_i) / G, unbiased for the gradient of E[r(x, y)]: rewards [P, G] -> [P, G]."""
+    """(r_j - mean_{i != j} r_i) / G, unbiased for the gradient of E[r(x, y)], so not over a standard deviation: rewards [P, G] -> [P, G]."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
 
 # ---- Loss and update ------------------------------------------------------------------------------------------------
-
 @dataclass
 class Group:
     """One prompt and its G completions, which run that prompt once in the update."""
@@ -545,14 +536,12 @@ def length_buckets(items, length, size=lambda item: 0, budget=math.inf):
     return buckets
 
 def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
-    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask
-    [B, T], each row True from its start. share_prefix: a prompt runs once, forward and backward, however many completions read its
-    keys and values. Exact: the same gradients as with one whole sequence for each completion, which is the other path."""
+    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask [B, T],
+    each row True from its start. share_prefix: a prompt runs once for all its completions. Exact: the gradients are those of whole sequences."""
     device, parts, counts = tokens.device, [], mask.sum(-1).tolist()
     lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
     if share_prefix:
-        prefix = DynamicCache()
-        hidden = hidden_states(model, padded, prefix)
+        hidden = hidden_states(model, padded, prefix := DynamicCache())
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]                               # [U, d]
     for rows in length_buckets(range(len(counts)), counts.__getitem__):
         width, rows = counts[rows[-1]], torch.tensor(rows, device=device)                                   # the longest comes last
@@ -605,8 +594,8 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False if config.shard else None)
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
-    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems` is the one denominator of the whole batch, over
-    all processes: micro-batches don't matter. Completions without an advantage are left out. NaN or inf: the step is skipped, weights stay."""
+    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one denominator:
+    micro-batches don't change the gradient. Completions without advantage are left out. NaN or inf never reaches the weights: no step."""
     groups = [group if config.kl else group[group.advantages != 0] for group in groups]
     groups = [group for group in groups if len(group.advantages)]
     completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
@@ -660,15 +649,13 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
         optimizer.step()
-        with torch.no_grad():
-            for parameter, master in zip(trained(model), masters):
-                parameter.copy_(master)
+        for parameter, master in zip(trained(model), masters):
+            parameter.data.copy_(master.data)
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
             "trained_tokens": int(tokens), "trained_entropy": entropy / max(tokens, 1), "skipped": int(not finite)}
 
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages -----------------------------------
-
 def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator):
     """sample, and the completions as strings: [len(prompts)] lists of `num_samples`."""
     samples = sample(policy, prompts, max_new_tokens, config.temperature, num_samples, generator)
@@ -727,13 +714,13 @@ def problem_at(problems, seed, i):
     return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
 
 def collect(policy, task, problems, cursor, config):
-    """Dynamic sampling: roll out until config.problems have an advantage, or max_draws times as many are drawn. Each process takes every `processes`-th
-    problem, whose randomness is of config.seed and its place alone. Returns (records, those to train on, their number everywhere, the next cursor)."""
+    """Dynamic sampling: roll out until config.problems have an advantage, or max_draws times as many are drawn; each process takes every
+    `processes`-th. Returns (all records, those to train on, their number over all processes, the cursor behind the last problem)."""
     records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
     while found < config.problems and cursor < limit:
         end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
         if mine := range(cursor + rank, end, processes):
-            generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
+            generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]       # of seed and place alone
             records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
         with torch.no_grad():
             keep_step(policy.model)
@@ -749,14 +736,14 @@ def statistics(task, records, useful, config):
     rates = {"answer_reward": total(final), "trace_reward": total([record["trace_rewards"] for record in records]),
              "all_right": total([(x == 1).all() for x in final]), "all_wrong": total([(x == 0).all() for x in final]),
              "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
-    everything = [group for record in records for group in record["groups"]]
-    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": total([g.samples.mask for g in everything])[0],
-              "prefilled_tokens": sum(len(g.prompt) for g in everything)}
+    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefilled_tokens": 0}
     for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
         groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
         tokens, truncated = total([g.samples.mask for g in groups])[0], total([g.samples.truncated for g in groups])
         rates |= {f"{role}_length": (tokens, truncated[1]), f"{role}_truncated": truncated,
                   f"{role}_entropy": (-total([g.samples.logprobs for g in groups])[0], tokens)}                        # E[-log pi]
+        counts["sampled_tokens"] += tokens
+        counts["prefilled_tokens"] += sum(len(g.prompt) for g in groups)
         if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
             rates["prompts_at_limit"] = (sum(len(g.prompt) > config.max_prompt_tokens - config.set_size for g in groups), len(groups))
     sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))
@@ -779,7 +766,6 @@ def transcript(task, record):
     return "\n".join(lines) + "\n"
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
-
 def pass_at_k(num_samples, num_correct, k):
     """Unbiased estimate of the chance that one of k samples is right (arXiv 2107.03374). Raises ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
@@ -835,13 +821,11 @@ def evaluate(policy, task, problems, config, seed=0):
                      "aggregations": texts[p * per:(p + 1) * per], "rewards": right[p * per:(p + 1) * per]} for p, problem in enumerate(problems)]
 
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
-
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed, then renamed: a crash at any instant leaves the last whole checkpoint. All processes call it; one writes."""
     weights = {name: whole(value).cpu() for name, value in policy.model.state_dict().items()}
     adam = {f"{i}.{name}": whole(value).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    masters = optimizer.param_groups[0]["params"] if policy.model.dtype != torch.float32 else ()
-    adam |= {f"{i}.master": whole(master.detach()) for i, master in enumerate(masters)}
+    adam |= {f"{i}.master": whole(p.detach()) for i, p in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
     if world()[0]:
         return
     aside = folder.with_name("unfinished")
@@ -890,21 +874,19 @@ def load_optimizer(optimizer, folder):
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
 def diagnosis(stats, config, dtype=torch.float32):
     """Plain lines about what people otherwise puzzle over."""
-    percent = lambda name: f"{100 * stats.get(name, 0):.0f}%"                             # noqa: E731
     final, limit = ("search", "--max-trace-tokens") if config.algo == "grpo" else ("aggregation", "--max-aggregation-tokens")
     useful, entropy, difference = stats["useful_problems"], stats["search_entropy"], stats["logprob_difference"]
+    truncated, cut, without = stats[f"{final}_truncated"], stats.get("prompts_at_limit", 0), stats["no_answer"]
     return [line for seen, line in (
-        (not useful, f"no problem has an advantage: nothing to learn from ({percent('all_right')} of the problems have every answer right, "
-                     f"{percent('all_wrong')} every answer wrong). Make the task easier or harder, or draw more"),
+        (not useful, f"no problem has an advantage: nothing to learn from ({stats['all_right']:.0%} of the problems have every answer right, "
+                     f"{stats['all_wrong']:.0%} every answer wrong). Make the task easier or harder, or draw more"),
         (0 < useful < config.problems and config.max_draws > 1,
          f"only {useful} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"),
-        (stats.get(f"{final}_truncated", 0) > 0.5, f"{percent(f'{final}_truncated')} of the {final} traces hit the token limit: raise {limit}"),
-        (stats.get("prompts_at_limit", 0) > 0.1,
-         f"{percent('prompts_at_limit')} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"),
-        (stats["no_answer"] > 0.9, f"{percent('no_answer')} of the final texts hold no answer in the task's format: does the policy know the format?"),
+        (truncated > 0.5, f"{truncated:.0%} of the {final} traces hit the token limit: raise {limit}"),
+        (cut > 0.1, f"{cut:.0%} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"),
+        (without > 0.9, f"{without:.0%} of the final texts hold no answer in the task's format: does the policy know the format?"),
         (entropy < 0.02, f"entropy of the search traces is {entropy:.3f} nats a token: the traces of a problem are nearly the same (collapse)"),
         (difference > (1e-4 if dtype == torch.float32 else 0.01),
          f"sampler and trainer disagree by {difference:.1e} nats a token: the gradient is off-policy"),
@@ -1003,7 +985,6 @@ def report(policy, task, config, out):
     return 0
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
-
 PRESETS = {"paper": dict(       # the last line is ours, as the paper doesn't disclose it; temperature 1 and no KL are the defaults
     num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5, lora_rank=32, problems=256,
     dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50)}
