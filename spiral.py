@@ -76,7 +76,7 @@ class Config:
     max_aggregation_tokens: int = option(96, "longest aggregation trace")
     micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
     gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
-    shard: bool = option(False, "under torchrun: weights, gradients and optimizer state split over the processes (FSDP2), for models too large for one")
+    shard: bool = option(False, "under torchrun: weights, gradients and optimizer state split over the processes (FSDP2), for models too big for one")
     dtype: str = option("auto", "of the weights; bf16 ones train by fp32 copies. auto: bf16 for your own model on a GPU", ("auto", "fp32", "bf16"))
     lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
     keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")

@@ -678,10 +678,10 @@ def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(monkeypatch):
     monkeypatch.setattr(spiral, "problem_at", lambda problems, seed, i: i * bool(problems))
     monkeypatch.setattr(spiral, "rollout", lambda policy, task, problems, config, generator: [record(problem) for problem in problems])
     config = small_config(problems=4, max_draws=3)
-    records, useful, found, cursor = spiral.collect(None, None, [1], 10, config)
+    records, useful, found, cursor = spiral.collect(SimpleNamespace(model=None), None, [1], 10, config)
     assert found == 4
     assert [r["problem"] for r in useful] == [11, 13, 15, 17] and [r["problem"] for r in records] == list(range(10, 18)) and cursor == 18
-    records, useful, found, cursor = spiral.collect(None, None, [], 0, config)
+    records, useful, found, cursor = spiral.collect(SimpleNamespace(model=None), None, [], 0, config)
     assert (len(records), useful, found, cursor) == (12, [], 0, 12)
 
 
