@@ -320,7 +320,7 @@ def most_slots(model, length, device):
     return max(1, free // 2 // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
 
 def draw_tokens(logits, uniforms, greedy):
-    """Tokens, and log-probs, by inverting the CDF at one uniform number a row: its very own randomness. logits [B, V] fp32, uniforms [B] fp64."""
+    """Tokens and log-probs by inverting the CDF at a row's own uniform: they don't depend on the batch. logits [B, V] fp32, uniforms [B] fp64."""
     if greedy:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])        # a point mass: log-prob 0
     logprobs = logits.log_softmax(-1)                                   # [B, V]
@@ -643,7 +643,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     gradients = [master.grad for master in masters if master.grad is not None]
     norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
     slice_norm = torch.nn.utils.get_total_norm([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
-    norm = torch.hypot(norm, add_up(slice_norm ** 2).sqrt())
+    norm = torch.hypot(norm, add_up(slice_norm ** 2).sqrt()) if config.shard else norm
     torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm, foreach=False if config.shard else None)
     (loss, tokens, difference, entropy), norm = add_up(sums).tolist(), norm.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -822,7 +822,7 @@ def evaluate(policy, task, problems, config, seed=0):
 
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed, then renamed: a crash at any instant leaves the last whole checkpoint. All processes call it; one writes."""
+    """Written aside, flushed, renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All processes call it; one writes."""
     weights = {name: whole(value).cpu() for name, value in policy.model.state_dict().items()}
     adam = {f"{i}.{name}": whole(value).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     adam |= {f"{i}.master": whole(p.detach()) for i, p in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
