@@ -822,7 +822,7 @@ def evaluate(policy, task, problems, config, seed=0):
 
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed, renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All processes call it; one writes."""
+    """Written aside, flushed, renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All processes call, one writes."""
     weights = {name: whole(value).cpu() for name, value in policy.model.state_dict().items()}
     adam = {f"{i}.{name}": whole(value).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
     adam |= {f"{i}.master": whole(p.detach()) for i, p in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
