@@ -1,16 +1,16 @@
 """The study: SPIRAL against GRPO and GRPO on both roles, at an equal budget of sampled output tokens. Raw results only; plot.py draws.
 
     python experiments/study.py                                  # every part, in the order of PARTS; it goes on where it stopped
+    python experiments/study.py --setting long                   # the same for the other of two SETTINGS, to results/study-long/
     python experiments/study.py train evaluate cross --jobs 2    # some parts, two single-threaded processes at a time
     python experiments/study.py ablations --budget-hours 1       # starts nothing more that would take the part over 1 CPU hour
     python experiments/study.py --quick                          # everything in miniature, about 10 minutes, to runs/study-quick/
 
 tune        each algorithm over the same learning rates (at search weight 0.05), then search weights, judged on validation problems -> tuned.json
 train       the rivals, each seed, until the step that reaches the budget of sampled output tokens
-evaluate    experiments 1 to 6 on test problems: counts per problem for every way to use a policy
+evaluate    they go on to the main budget; then experiments 1 to 6 on test problems: counts per problem for every way to use a policy
 cross       each rival as searcher x each as aggregator
-ablations   the VARIANTS: trained at the same budget, and evaluated at smaller sizes, as are the references
-long        the rivals of the part train go on to four times the budget; then evaluate's numbers, with k up to 256 and 10 steps of recursion
+ablations   the VARIANTS: trained at the budget of the part train, and evaluated at smaller sizes, as are the references
 difficulty  countdown from easy to hard, and arithmetic
 noise       experiments/gradient_noise.py, unless its result is there
 
@@ -44,13 +44,21 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 1.0, "cross": 0.3, "ablations": 2.0, "long": 4.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 2.0, "cross": 0.3, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
+
+# "short": a trace has room for one attempt, an aggregation for reading four and about two attempts of its own, so only a set searches.
+# "long": a trace goes through several attempts by itself; the limits are the defaults of spiral.py. Each: options of training, and sizes.
+SETTINGS = {
+    "short": (["--max-trace-tokens", "24", "--max-aggregation-tokens", "48"], {"main_tokens": 1_000_000, "trace_tokens": 24, "aggregation_tokens": 48}),
+    "long": ([], {"tokens": 500_000, "main_tokens": 500_000, "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}})}
 
 # Each ablation: options added to tuned SPIRAL's, and a patch of spiral.py (a function below), in the order in which they are run
 VARIANTS = {
+    "grpo-agg, search weight 1": (["--algo", "grpo-agg", "--search-weight", "1"], ""),
     "aggregation term only": (["--search-weight", "0"], ""),
     "search term only": ([], "search_only"),
     "search weight 0.05": (["--search-weight", "0.05"], ""),
+    "search weight 1": (["--search-weight", "1"], ""),
     "N1=8 K=8 N2=2": (["--num-sets", "8", "--num-aggregations", "2"], ""),
     "published estimator": (["--estimator", "published", "--no-balanced", "--search-weight", "1"], ""),
     "random sets": (["--no-balanced"], ""),
@@ -61,19 +69,17 @@ VARIANTS = {
     "L_target 32": (["--target-length", "32"], ""),
 }
 
-# CPU seconds on one thread of a 2-core machine whose other core is as busy: 34 per 100 000 sampled tokens of spiral and grpo-agg, 21 of
-# grpo; about 90 for a "large" evaluation, 50 for a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 500_000, "long_tokens": 2_000_000, "short_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+# CPU seconds on one thread of a 2-core machine whose other core is as busy, for 100 000 sampled tokens of spiral and grpo-agg, and of grpo:
+# 29 and 19 (short), 34 and 21 (long); about 90 for a "large" evaluation, 40 for a "small" one; 5 to start a process
+FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
         "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:high=50,max_target=200", "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
-        "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4},
-        "longest": {"problems": 50, "traces": 256, "tree": 64, "rsa": 10}}
-QUICK = {**FULL, "seeds": 2, "tokens": 18_000, "long_tokens": 30_000, "short_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
-         "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2},
-         "longest": {"problems": 10, "traces": 64, "tree": 16, "rsa": 4}}
+        "large": {"problems": 60, "traces": 256, "tree": 64, "rsa": 10}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
+QUICK = {"seeds": 2, "tokens": 18_000, "main_tokens": 24_000, "tune_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
+         "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
 FIRST_WEIGHT = "0.05"                                        # of the search term, where a piece's options don't name another
-LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace; the last is that of all evaluation
+LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace (experiment 4); the last is that of evaluation in "long"
 CURVES = ("answer_reward", "trace_reward", "search_entropy", "aggregation_entropy", "search_length", "aggregation_length", "search_truncated",
           "grad_norm", "distinct_traces", "distinct_right", "sampled_tokens", "useful_problems", "drawn_problems")
 
@@ -169,11 +175,12 @@ def training_row(piece, folder):
 def evaluate_piece(piece, checkpoint, folder):
     """Counts per problem: how many traces, votes, aggregations are right. Every number of experiments 1 to 6 follows from them."""
     began, sizes = (time.process_time(), time.time()), piece["evaluation"]
-    config = spiral.Config(task=piece["task"], model=str(checkpoint), max_trace_tokens=sizes.get("trace_tokens", LIMITS[-1]), max_aggregation_tokens=LIMITS[-1])
+    config = spiral.Config(task=piece["task"], model=str(checkpoint), max_trace_tokens=LIMITS[-1], max_aggregation_tokens=sizes.get("aggregation_tokens", LIMITS[-1]))
     policy, task, n, limits = spiral.load_policy(config), tasks.make_task(config.task), config.set_size, torch.tensor(LIMITS)
     problems, generator = task.problems(piece["split"], sizes["problems"], 0), torch.Generator().manual_seed(1)
     counts, lengths, kept = collections.defaultdict(list), collections.defaultdict(list), []        # lengths: output tokens of a completion
     size_of = lambda samples: samples.mask.sum(-1).tolist()                               # noqa: E731
+    cut = sizes.get("trace_tokens", LIMITS[-1])              # traces beyond it are for experiment 4 only
 
     def right(problem, texts):
         return int(sum(task.reward(problem, text) for text in texts))
@@ -187,11 +194,15 @@ def evaluate_piece(piece, checkpoint, folder):
         chunk = problems[start:start + 25]
         _, samples, traces = spiral.search(policy, task, chunk, config, sizes["traces"], generator)
         rewards, length = spiral.rewards_of(task, chunk, traces), samples.mask.sum(-1).view(len(chunk), -1)                # [P, S] both
-        lengths["trace"] += size_of(samples)
-        counts["right"] += rewards.sum(1).int().tolist()
         ends = (length[:, :, None] <= limits) & ~samples.truncated.view(length.shape)[:, :, None]                          # [P, S, limits]
         counts["right_within"] += (rewards[:, :, None] * ends).sum(1).int().tolist()
         counts["tokens_within"] += torch.minimum(length[:, :, None], limits).sum(1).tolist()
+        samples.mask, samples.logprobs = samples.mask[:, :cut], samples.logprobs[:, :cut]
+        texts = [policy.tokenizer.decode(row[:k]) for row, k in zip(samples.tokens.tolist(), size_of(samples))]
+        traces = [texts[i:i + sizes["traces"]] for i in range(0, len(texts), sizes["traces"])]
+        rewards = spiral.rewards_of(task, chunk, traces)
+        lengths["trace"] += size_of(samples)
+        counts["right"] += rewards.sum(1).int().tolist()
         counts["nats"] += (-samples.logprobs.sum(-1).view(length.shape).sum(1)).round(decimals=1).tolist()
         counts["distinct_traces"] += [len(set(texts)) for texts in traces]
         counts["distinct_right"] += [len({task.answer(t) for t, r in zip(texts, row) if r}) for texts, row in zip(traces, rewards)]
@@ -220,7 +231,7 @@ def evaluate_piece(piece, checkpoint, folder):
             counts[f"rsa, vote {step}"] += [right_votes(x, texts, config.population) for x, texts in zip(chunk, population)]
             lengths[f"rsa {step}"] += [len(policy.tokenizer.encode(text)) + 1 for texts in population for text in texts]
         print(f"evaluated {start + len(chunk)}/{len(problems)} problems  {time.time() - began[1]:.0f}s", flush=True)
-    if piece["part"] in ("evaluate", "long"):                # for the part "cross"
+    if piece["part"] == "evaluate":                          # for the part "cross"
         (folder / "traces.json").write_text(json.dumps(kept))
     return {**piece, "population": config.population, "set_size": n, "limits": LIMITS, "lengths": {k: round(float(np.mean(v)), 2) for k, v in lengths.items()},
             "cpu_s": round(time.process_time() - began[0], 1), "wall_s": round(time.time() - began[1], 1), "counts": counts}
@@ -229,7 +240,7 @@ def evaluate_piece(piece, checkpoint, folder):
 def cross_piece(piece, checkpoint, runs):
     """This policy as aggregator of the first 16 traces of every rival of the same seed, in 4 sets of 4: right aggregations per problem."""
     began = time.process_time(), time.time()
-    config = spiral.Config(task=piece["task"], model=str(checkpoint), max_aggregation_tokens=LIMITS[-1])
+    config = spiral.Config(task=piece["task"], model=str(checkpoint), max_aggregation_tokens=piece["evaluation"].get("aggregation_tokens", LIMITS[-1]))
     policy, task, generator = spiral.load_policy(config), tasks.make_task(config.task), torch.Generator().manual_seed(1)
     problems, n, counts = task.problems(piece["split"], piece["evaluation"]["problems"], 0), config.set_size, {}
     for searcher, name in piece["evaluation"]["searchers"].items():
@@ -255,8 +266,8 @@ def work(piece, runs, results, save_every):
     PATCHES[piece["patch"]]()
     if piece["tokens"]:
         checkpoint = trained(folder, piece["tokens"])
-        if not checkpoint and piece["part"] in ("evaluate", "cross"):
-            print("not trained yet: run the part train first", flush=True)
+        if not checkpoint and piece["part"] == "cross":
+            print("not trained yet: run the part evaluate first", flush=True)
             return 3
         if not checkpoint:
             code = train_piece(piece, folder, save_every)
@@ -274,25 +285,22 @@ def work(piece, runs, results, save_every):
 # ---- The pieces of each part, and the processes that do them --------------------------------------------------------
 
 
-def tuned(results, algo):
-    """Options of the algorithm: what the part tune chose, or the defaults of spiral.py."""
+def tuned(sizes, results, algo):
+    """Options of the algorithm: the setting's, and what the part tune chose, or the defaults of spiral.py."""
     chosen = json.loads((results / "tuned.json").read_text()) if (results / "tuned.json").exists() else {}
-    return ["--algo", algo, *chosen.get(algo, {}).get("options", [])]
+    return ["--algo", algo, *sizes["options"], *chosen.get(algo, {}).get("options", [])]
 
 
-def main_pieces(part, sizes, results):
+def train_pieces(sizes, results):
     """Seed by seed, so that a part that ends early holds whole seeds."""
-    evaluation = {"train": None, "evaluate": sizes["large"]}[part]
-    base = [make_piece(part, "base", 0, 0, evaluation=evaluation)] if part == "evaluate" else []
-    return base + [make_piece(part, algo, seed, sizes["tokens"], tuned(results, algo), evaluation=evaluation)
-                   for seed in range(sizes["seeds"]) for algo in RIVALS]
+    return [make_piece("train", algo, seed, sizes["tokens"], tuned(sizes, results, algo)) for seed in range(sizes["seeds"]) for algo in RIVALS]
 
 
-def long_pieces(sizes, results):
+def evaluate_pieces(sizes, results):
     """A resumed run is the undisturbed one, to the byte, so these go on from the shorter ones where they are there."""
-    pieces = [make_piece("long", "base", 0, 0, evaluation=sizes["longest"])]
-    for before in main_pieces("train", sizes, results):
-        piece = make_piece("long", before["run"], before["seed"], sizes["long_tokens"], before["options"], evaluation=sizes["longest"])
+    pieces = [make_piece("evaluate", "base", 0, 0, evaluation=sizes["large"])]
+    for before in train_pieces(sizes, results):
+        piece = make_piece("evaluate", before["run"], before["seed"], sizes["main_tokens"], before["options"], evaluation=sizes["large"])
         pieces.append({**piece, "goes_on_from": before["name"]})
     return pieces
 
@@ -300,9 +308,9 @@ def long_pieces(sizes, results):
 def cross_pieces(sizes, results):
     pieces = []
     for seed in range(sizes["seeds"]):
-        options = {"base": (0, 0), **{algo: (seed, sizes["tokens"], tuned(results, algo)) for algo in RIVALS}}
+        options = {"base": (0, 0), **{algo: (seed, sizes["main_tokens"], tuned(sizes, results, algo)) for algo in RIVALS}}
         policies = {run: make_piece("cross", run, *rest) for run, rest in options.items()}
-        evaluation = {"problems": sizes["large"]["problems"], "searchers": {run: piece["name"] for run, piece in policies.items()}}
+        evaluation = {**sizes["large"], "searchers": {run: piece["name"] for run, piece in policies.items()}}
         for run, rest in options.items():
             piece = make_piece("cross", run, *rest, evaluation=evaluation)
             pieces.append({**piece, "pair_seed": seed})
@@ -311,24 +319,25 @@ def cross_pieces(sizes, results):
 
 def ablation_pieces(sizes, results):
     """The references, whose policies are those of the part train, are evaluated at the small sizes too."""
-    mine, tokens, seeds = tuned(results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"])
-    runs = [(algo, tuned(results, algo), "") for algo in RIVALS] + [(run, mine + options, patch) for run, (options, patch) in VARIANTS.items()]
+    mine, tokens, seeds = tuned(sizes, results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"])
+    runs = [(algo, tuned(sizes, results, algo), "") for algo in RIVALS] + [(run, mine + options, patch) for run, (options, patch) in VARIANTS.items()]
     return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"]) for run, options, patch in runs for seed in seeds]
 
 
 def difficulty_pieces(sizes, results):
-    return [make_piece("difficulty", run, seed, sizes["short_tokens"] if run != "base" else 0, tuned(results, run) if run != "base" else (), task=task,
-                       evaluation=sizes["small"]) for seed in range(sizes["difficulty_seeds"]) for task in sizes["tasks"] for run in ("base", "grpo-agg", "spiral")]
+    return [make_piece("difficulty", run, seed, sizes["tune_tokens"] if run != "base" else 0, tuned(sizes, results, run) if run != "base" else (), task=task,
+                       evaluation=sizes["small"]) for seed in range(sizes["difficulty_seeds"]) for task in sizes["tasks"] for run in ("base", *RIVALS)]
 
 
 def tune(sizes, results, go):
     """The same learning rates for each; then, at the best of them, search weights for the two that have both terms. One seed, the short
     budget. Score: the mean of pass@16 of the traces and of the accuracy after the last step of RSA, on validation problems."""
+    setting = len(sizes["options"])
     pieces = []
 
     def scores(trials):
         """trials: (algo, options) pairs. The best options of each algorithm so far."""
-        pieces.extend(make_piece("tune", " ".join([algo, *options]), 100, sizes["short_tokens"], ["--algo", algo, *options], evaluation=sizes["small"],
+        pieces.extend(make_piece("tune", " ".join([algo, *options]), 100, sizes["tune_tokens"], ["--algo", algo, *sizes["options"], *options], evaluation=sizes["small"],
                                  split="validation") for algo, options in trials)
         go(pieces)
         ids, table = {piece["id"] for piece in pieces}, {}
@@ -337,7 +346,7 @@ def tune(sizes, results, go):
             mine = {run: row for run, row in rows.items() if row["options"][1] == algo}
             table[algo] = {run: (pass_curve(row)[:, min(16, row["evaluation"]["traces"]) - 1].mean() + np.mean(row["counts"][f"rsa {row['evaluation']['rsa']}"])
                                  / row["population"]) / 2 for run, row in mine.items()}
-        best = {algo: rows[max(table[algo], key=table[algo].get)]["options"][2:] for algo in RIVALS if table[algo]}
+        best = {algo: rows[max(table[algo], key=table[algo].get)]["options"][2 + setting:] for algo in RIVALS if table[algo]}
         (results / "tuned.json").write_text(json.dumps({algo: {"options": best[algo], "score": {k: round(float(v), 4) for k, v in table[algo].items()}}
                                                         for algo in best}, indent=1) + "\n")
         return best
@@ -367,7 +376,7 @@ def run_pieces(pieces, part, args, runs, results):
                 piece = waiting.pop(0)
                 folder = runs / piece["name"]
                 folder.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, str(Path(__file__).resolve()), "--piece", json.dumps(piece), *(["--quick"] if args.quick else [])]
+                command = [sys.executable, str(Path(__file__).resolve()), "--setting", args.setting, "--piece", json.dumps(piece), *(["--quick"] if args.quick else [])]
                 with (folder / "log.txt").open("a") as log:                              # a new session: Ctrl-C reaches this process alone
                     running[piece["id"]] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
                                                             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}), folder, time.time()
@@ -394,6 +403,7 @@ def interrupted(number, frame):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument("--setting", default="short", choices=SETTINGS, help="how much a single trace can do")
     parser.add_argument("--quick", action="store_true", help="everything in miniature")
     parser.add_argument("--jobs", type=int, default=2, help="single-threaded processes at a time")
     parser.add_argument("--budget-hours", type=float, default=0.0, help=f"CPU hours of each part; default {PARTS}")
@@ -402,13 +412,16 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    runs, sizes = HERE.parent / "runs" / ("study-quick" if args.quick else "study"), QUICK if args.quick else FULL
-    results = runs / "results" if args.quick else HERE / "results" / "study"
-    sizes = {**sizes, "seeds": args.seeds or sizes["seeds"]}
+    name = "study" + ("-long" if args.setting == "long" else "") + ("-quick" if args.quick else "")
+    options, more = SETTINGS[args.setting]
+    sizes = {**FULL, **more, **(QUICK if args.quick else {}), "options": options}
+    limits = {key: more[key] for key in ("trace_tokens", "aggregation_tokens") if key in more}
+    sizes |= {"seeds": args.seeds or sizes["seeds"], "large": sizes["large"] | limits, "small": sizes["small"] | limits}
+    runs, results = HERE.parent / "runs" / name, HERE.parent / "runs" / name / "results" if args.quick else HERE / "results" / name
     if args.piece:
         return work(json.loads(args.piece), runs, results, sizes["save_every"])
     signal.signal(signal.SIGTERM, interrupted)
-    makers = {"cross": cross_pieces, "ablations": ablation_pieces, "long": long_pieces, "difficulty": difficulty_pieces}
+    makers = {"train": train_pieces, "evaluate": evaluate_pieces, "cross": cross_pieces, "ablations": ablation_pieces, "difficulty": difficulty_pieces}
     try:
         for part in args.parts or PARTS:
             if part == "tune":
@@ -417,8 +430,7 @@ def main():
                 if not args.quick and not (HERE / "results" / "gradient_noise.json").exists():
                     subprocess.run([sys.executable, str(HERE / "gradient_noise.py"), "--threads", "1"], check=True)
             else:
-                pieces = main_pieces(part, sizes, results) if part in ("train", "evaluate") else makers[part](sizes, results)
-                run_pieces(pieces, part, args, runs, results)
+                run_pieces(makers[part](sizes, results), part, args, runs, results)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", flush=True)
         return 130
