@@ -1603,6 +1603,17 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     assert run_.returncode != 0 and "SIGKILL" in printed
 
 
+def test_the_plan_of_a_sharded_run_counts_the_share_of_a_process(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    plan, folder = importlib.import_module("plan"), hub_folder(tmp_path, Qwen3Config(**HUB_SIZES))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    one, four = (plan.memory_plan(spiral.Config(model=folder, device="cpu", shard=shard)) for shard in (False, True))
+    layers = AutoModelForCausalLM.from_pretrained(folder).model.layers
+    inside = sum(p.numel() for p in layers.parameters())
+    assert four["gradients and AdamW"] == 12 * (one["parameters"] - inside + inside / 4)
+    assert four["weights"] == 4 * (one["parameters"] - inside + inside / 4 + inside / len(layers)) and one["weights"] == 4 * one["parameters"]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", [dict(hidden_size=64, intermediate_size=192), dict(hidden_size=128, intermediate_size=256, num_attention_heads=8)])
 def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):

@@ -2,6 +2,7 @@
 
     python experiments/bench.py                         # all cases, under 5 minutes on 2 CPU cores; writes results/bench_cpu.json
     python experiments/bench.py --quick --cases a,d     # smaller sizes, two cases
+    python experiments/bench.py --profile               # where a default rollout's time goes, to results/profile_cpu.txt
 
     (a) the rollout and update of a default step: the tiny policy, 16 countdown problems, 8 traces each, then 4 sets x 4 aggregations
     (b) ragged long completions, 8 to a prompt, at batch 1, 16, 64, 256 (--large: 1024): the longest is over 4x the median
@@ -294,7 +295,7 @@ def sample_random(policy, low, high, prompts, limit, count, seed):
 def ragged(bench, sizes=TINY):
     limit, chosen = 256 // bench.shrink, random_policy(bench, sizes)
     for batch in [1, 16, 64, 256, 1024][:2 if bench.quick else 5 if bench.large else 4]:
-        compare_sampling(bench, chosen, [f"batch {batch}"], small=batch < 256,
+        compare_sampling(bench, chosen, [f"batch {batch}"], small=batch < 64,
                          run=lambda seed: sample_random(chosen, 16, 64, max(1, batch // 8), limit if batch > 1 else limit // 2, min(8, batch), seed))   # noqa: B023
         chosen = random_policy(bench, sizes, 56 // bench.shrink)
     _, ((args, samples, _),) = recorded("sample", lambda: sample_random(chosen, 16, 64, 8, limit, 8, 0))
@@ -330,6 +331,25 @@ def vocabulary(bench):
     compare_sampling(bench, policy, ["sampling 16"], lambda seed: sample_random(policy, 16, 64, 2, 32, 8, seed))
 
 
+def profile(out):
+    """The operations of a default rollout by their own time, on one thread, as the profiler and as the clock have it."""
+    torch.set_num_threads(1)
+    config = spiral.Config(device="cpu")
+    policy, task = spiral.load_policy(config), tasks.make_task(config.task)
+    problems = task.problems("train", 48, 0)
+
+    def run(seed):
+        generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(16)]
+        return spiral.rollout(policy, task, problems[16 * seed:16 * seed + 16], config, generators)
+    run(0)
+    _, seconds = clock(lambda: run(1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        run(2)
+    text = f"{seconds:.2f} s for a rollout without the profiler\n{trace.key_averages().table(sort_by='self_cpu_time_total', row_limit=30, max_name_column_width=48)}"
+    out.write_text("\n".join(line.rstrip() for line in text.split("\n")) + "\n")
+    print(f"{text}\n{out}")
+
+
 CASES = {"a": rollout, "b": ragged, "c": aggregation, "d": aggregation_update, "e": vocabulary}
 
 
@@ -358,6 +378,7 @@ def main():
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the CPU, not of the wall; on a busy machine, with --threads 1")
     parser.add_argument("--large", action="store_true", help="batch 1024 too")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, to see that it runs")
+    parser.add_argument("--profile", action="store_true", help="of a default rollout, instead of the cases")
     parser.add_argument("--out", default="", help="default experiments/results/bench_cpu.json, or bench_cuda.json")
     args = parser.parse_args()
     if args.threads:
@@ -366,6 +387,8 @@ def main():
     device, began, label, rows = spiral.pick_device(args.device), time.time(), [""], []
     folder, cuda = Path(__file__).resolve().parent, device.type == "cuda"
     out = Path(args.out or folder / "results" / f"bench_{device.type}.json")
+    if args.profile:
+        return profile(folder / "results" / "profile_cpu.txt")
     copy, matmul = machine_limits(device, torch.bfloat16 if cuda else torch.float32)
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     machine = {"cpu": next((line.split(": ")[1] for line in info.split("\n") if line.startswith("model name")), platform.processor()),
@@ -382,7 +405,7 @@ def main():
         out.write_text(json.dumps({"machine": machine, "quick": args.quick, "seconds": round(time.time() - began), "rows": rows}, indent=1) + "\n")
 
     bench = SimpleNamespace(device=device, dtype=torch.float32, copy=copy, matmul=matmul, add=add, quick=args.quick, shrink=4 if args.quick else 1, large=args.large or cuda,
-                            more=lambda done, since: len(done) < 2 or (len(done) < 7 and now() - since < (2 if args.quick else 4)))
+                            more=lambda done, since: len(done) < 2 or (len(done) < 7 and now() - since < (2 if args.quick else 3)))
     for label[0] in args.cases.split(","):
         CASES[label[0]](bench)
     for size in QWEN if cuda else ():                        # bf16, random weights

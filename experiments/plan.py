@@ -5,7 +5,8 @@
 The formula, for one process (P parameters, of which T are trained; b bytes a weight):
 
     weights            b P                       (and b T for adapters)
-    gradients, AdamW   12 T in fp32; 18 T in bf16 (2 and 4 for the gradient, 4 for the fp32 copy, 8 for AdamW)
+                       under torchrun with --shard, of what is in the layers only the share of one process, and one layer whole
+    gradients, AdamW   12 T in fp32; 18 T in bf16 (2 and 4 for the gradient, 4 for the fp32 copy, 8 for AdamW); with --shard the share too
     update             tokens of the largest micro-batch x layers x what a layer keeps for the backward pass:
                        b (5 q + 5 kv + 4 f) + (8 + 4 b) d, for q = heads x width, kv = key-value heads x width, f feed-forward, d hidden
                        (counted on Qwen3; a test compares); with --gradient-checkpointing b d a layer, and one layer whole
@@ -15,11 +16,13 @@ The formula, for one process (P parameters, of which T are trained; b bytes a we
                        and keeps it; a rollout that doesn't fit goes in turns
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
@@ -35,14 +38,20 @@ def memory_plan(config):
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     parameters, d, layers = sum(p.numel() for p in model.parameters()), text.hidden_size, text.num_hidden_layers
     trained = config.lora_rank * sum(m.in_features + m.out_features for m in linear) or parameters
+    inside, processes = sum(p.numel() for m in model.modules() if isinstance(m, GradientCheckpointingLayer) for p in m.parameters()), 1
+    if config.shard:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+    outside = parameters - inside
+    held = outside + inside / processes + (inside / layers if processes > 1 else 0)
+    mine = trained / processes if config.lora_rank else outside + inside / processes     # adapters are all in the layers
     width = getattr(text, "head_dim", None) or d // text.num_attention_heads
     q, kv = text.num_attention_heads * width, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width
     layer = size * (5 * q + 5 * kv + 4 * (getattr(text, "intermediate_size", None) or 4 * d)) + (8 + 4 * size) * d        # a token
     kept = layer + layers * size * d if config.gradient_checkpointing else layers * layer
     longest = config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)
     rows = config.problems * max(config.num_traces, config.num_sets * config.num_aggregations)
-    return {"parameters": parameters, "trained": trained, "weights": size * (parameters + trained % parameters),
-            "start policy": size * parameters * (config.kl > 0), "gradients and AdamW": trained * (12 if size == 4 else 18), "update": kept * max(longest, config.micro_batch_tokens),
+    return {"parameters": parameters, "trained": trained, "weights": size * (held + (mine if config.lora_rank else 0)),
+            "start policy": size * parameters * (config.kl > 0), "gradients and AdamW": mine * (12 if size == 4 else 18), "update": kept * max(longest, config.micro_batch_tokens),
             "logits": 12 * 2 ** 24, "cache of a whole rollout": 2 * size * kv * layers * longest * rows}
 
 

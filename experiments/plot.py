@@ -133,7 +133,7 @@ def table(folder=RESULTS):
             cells.append(f"{signed(interval(gaps.mean(1)))} ({low:+.3f} to {high:+.3f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for key, text, form in (("trace", "tokens in a trace", "{:.1f}"), ("nats", "entropy of a trace, nats a token", "{:.3f}")):
-        values = {run: [row["lengths"]["trace"] if key == "trace" else sum(row["counts"]["nats"]) / np.sum(row["counts"]["tokens_within"], 0)[-1]
+        values = {run: [row["lengths"]["trace"] if key == "trace" else np.mean(row["counts"]["nats"]) / row["evaluation"]["traces"] / row["lengths"]["trace"]
                         for row in runs[run]] for run in names}
         lines.append(f"| {text} | " + " | ".join(form.format(np.mean(values[run])) for run in names) + " | " * len(pairs) + "|")
     for k in (16, 64, 256):
