@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import tiktoken
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -90,7 +89,6 @@ class Config:
     transcript_every: int = option(20, "steps between printed transcripts", low=0)
     dry_run: bool = option(False, "print what a run needs (parameters, tokens, memory) and whether it fits, and stop; loads no weights")
     ask: str = option("", "answer this question with the whole pipeline, and stop: \"4 9 13 61\" to reach 61 with 4, 9 and 13")
-
     def check(self):
         """Raises ValueError, in one line that says what to change, before any model is loaded."""
         def need(fine, name, text):
@@ -108,8 +106,7 @@ class Config:
         need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
              f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
         need(self.clip < 1, "clip", "must be below 1")
-        need(not self.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard", "needs torchrun and at least 2 processes")
-        need(not (self.shard and self.kl), "shard", "can't hold a start policy: --kl 0")
+        need(not self.shard or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.kl), "shard", "needs torchrun, 2 processes or more, and --kl 0")
         pick_device(self.device)
 
 def pick_device(name):
@@ -140,42 +137,37 @@ TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
 class TinyTokenizer:
     """A tiktoken encoding built here. Integers below 1000, the tasks' phrases and role markers are single tokens: readable prompts stay short."""
     def __init__(self):
-        words = [*tasks.WORDS, *(str(n) for n in range(10, 1000))]
-        ranks = {bytes([b]): b for b in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
+        words = enumerate([*tasks.WORDS, *map(str, range(10, 1000))], 256)
+        ranks = {bytes([b]): b for b in range(256)} | {word.encode(): i for i, word in words}
         self.markers = [*(CANDIDATE.format(i) for i in range(1, 17)), CANDIDATE_END, AGGREGATE]
         special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
         pattern = "|".join(map(re.escape, tasks.WORDS)) + r"|[0-9]{1,3}|[\s\S]"
         self.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.size, self.eos_id, self.eos_ids = self.encoding.n_vocab, special["<end>"], [special["<end>"]]
-
     def encode(self, text): return self.encoding.encode_ordinary(text)
     def decode(self, tokens): return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
-
     def chat(self, text):
         """A prompt's tokens; markers in `text` become role markers (see `neutralise`)."""
         return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
 
 class HubTokenizer:
     """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
-    def __init__(self, path):
+    def __init__(self, path, settings):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         try:
             listed = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:                                      # no generation_config.json
-            listed = AutoConfig.from_pretrained(path, trust_remote_code=False).eos_token_id
+            listed = settings.eos_token_id
         self.eos_ids = sorted({self.hf.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None})
         if not self.eos_ids:
             raise ValueError(f"{path} names no end-of-sequence token")
         self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
         self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, self.hf.added_tokens_decoder.values())} if m.strip()]
-
     def encode(self, text): return self.hf.encode(text, add_special_tokens=False)
     def decode(self, tokens): return self.hf.decode(tokens, skip_special_tokens=True)
-
     def chat(self, text):
-        if not self.hf.chat_template:
-            return self.hf.encode(text)
-        return self.hf.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+        turns = [{"role": "user", "content": text}]
+        return self.hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) if self.hf.chat_template else self.hf.encode(text)
 
 @dataclass
 class Policy:
@@ -191,7 +183,7 @@ def load_tokenizer(config):
     adapters = Path(path) / "adapter_config.json"           # a checkpoint of a LoRA run holds these alone
     base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    return path, settings, TinyTokenizer() if getattr(settings, "spiral_tokenizer", None) == "tiny" else HubTokenizer(path)
+    return path, settings, TinyTokenizer() if getattr(settings, "spiral_tokenizer", None) == "tiny" else HubTokenizer(path, settings)
 
 def load_policy(config):
     """The policy that config.model names; config.lora_rank: frozen, with adapters to train. Raises ValueError or OSError when there is none."""
@@ -230,10 +222,17 @@ def check_fit(config, task, problems):
 
 def hidden_states(model, tokens, cache=None, positions=None, keys=None):
     """Last hidden states [B, T, d]: the model without its vocabulary head. Behind a filled `cache`: with positions [B, T], and those of the
-    `keys` they may attend to, [B or 1, S] (cached ones and their own)."""
+    keys [B or 1, S], cached ones and their own. A token attends to what is not after it, nor before its sliding window."""
+    settings, inputs = model.config.get_text_config(), {}
     if getattr(model, "sharded", False):
         add_up(torch.ones(1))                                # see keep_step
-    inputs = {} if positions is None else {"position_ids": positions, "attention_mask": attention_mask(model, positions, keys)}
+    if positions is not None:                                # load_policy asks for SDPA: eager misreads masks of True = attend
+        allowed = keys[:, None] <= positions[:, :, None]     # [B, T, S]
+        kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
+        near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
+        by_kind = {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}                  # [B, 1, T, S] each
+        mask = by_kind if "sliding_attention" in kinds else by_kind["full_attention" if kinds else "sliding_attention"]
+        inputs = {"position_ids": positions, "attention_mask": mask}
     return model.base_model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **inputs).last_hidden_state
 
 def head(model, hidden, temperature):
@@ -241,15 +240,6 @@ def head(model, hidden, temperature):
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
-
-def attention_mask(model, positions, keys):
-    """Which keys [B or 1, S] are not after positions [B, T] nor before their sliding window. load_policy asks for SDPA: eager misreads bool masks."""
-    settings, allowed = model.config.get_text_config(), keys[:, None] <= positions[:, :, None]               # [B, T, S], True = attend
-    kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
-    near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
-    if "sliding_attention" in kinds:
-        return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
-    return (allowed if kinds else near)[:, None]            # [B, 1, T, S]
 
 def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
@@ -272,10 +262,6 @@ def keep_step(model):
         nothing = nothing + 0 * model.base_model(input_ids=token, use_cache=False).last_hidden_state.sum()
     return nothing
 
-def whole(tensor):
-    """The whole of a tensor that may be split, for which all processes call it at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
 # ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
 @dataclass
 class Samples:
@@ -291,7 +277,6 @@ class SlotLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values = (keys.new_zeros(slots, keys.shape[1], length, keys.shape[3]) for _ in range(2))
         self.is_initialized = True
-
     def update(self, keys, values, *args, **kwargs):
         self.keys[self.rows, :, self.columns] = keys[:, :, 0]
         self.values[self.rows, :, self.columns] = values[:, :, 0]
@@ -307,8 +292,7 @@ class Slots:
         self.done = torch.ones(count, dtype=torch.bool, device=device)
         self.uniforms = torch.zeros(count, limit + 1, dtype=torch.float64, device=device)
         self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()         # [slots, limit + 1]; the last column is trash
-        self.states = [self.row, self.step, self.column, self.token, self.done, self.uniforms, self.tokens, self.logprobs,
-                       *(tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))]
+        self.states = [self.row, self.step, self.column, self.token, self.done, self.uniforms, self.tokens, self.logprobs]
 
 def most_slots(model, length, device):
     """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
@@ -335,8 +319,7 @@ def bucket(n):
 
 def capture(function, pool):
     """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool):
         function()
     return graph.replay
 
@@ -363,7 +346,6 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             len(slots.done) < min(wanted, most_slots(model, bucket(longest), device))):
         slots = policy.slots = None                          # too small: made again after the first prefill
     size = min(wanted, len(slots.done) if slots else most_slots(model, bucket(longest), device))
-
     def emit(logits, s):
         """Sample a token for each of the slots `s`, record it, and see whether it was the last."""
         place = torch.where(slots.done[s], slots.limit, slots.step[s])[:, None]         # a finished row runs on until the next look
@@ -372,7 +354,6 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         slots.logprobs[s].scatter_(1, place, logprob[:, None])
         slots.token[s], slots.step[s] = drawn, slots.step[s] + 1
         slots.done[s] |= (drawn[:, None] == slots.eos_ids).any(-1) | (slots.step[s] >= max_new_tokens)
-
     def decode(count, length):
         """One token for each of the first `count` slots, which attend to `length` columns."""
         column, slot, keys = slots.column[:count], torch.arange(count, device=device), torch.arange(length, device=device)[None]
@@ -381,7 +362,6 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         hidden = hidden_states(model, slots.token[:count, None], slots.cache, column[:, None], keys)                     # [count, 1, d]
         emit(head(model, hidden[:, 0], temperature or 1.0), slice(count))
         column += ~slots.done[:count]
-
     while waiting or alive:
         # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
         while waiting and (not alive or size - alive >= max(len(waiting[-1][1]), size // 4)):
@@ -405,7 +385,6 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             slots.uniforms[new, :max_new_tokens], slots.tokens[new] = uniforms[rows], policy.tokenizer.eos_id
             emit(head(model, hidden[torch.arange(len(batch), device=device), lengths - 1], temperature or 1.0)[owner], new)
             alive = size - free
-
         # Decode: one token for every row; on the GPU eight, for a look at which rows are done waits for it
         length = int(slots.column[:alive].max()) + 1
         for i in range(1 if device.type == "cpu" else 8):
@@ -420,17 +399,16 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
                 except RuntimeError as error:
                     policy.graphs = False
                     print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
-
         # Stop: when a tenth has finished, their output leaves, and the last rows move into their slots
         gone = slots.done[:alive].nonzero()[:, 0]
         if len(gone) >= 0.1 * alive:
             left = alive - len(gone)
             tokens[slots.row[gone]], logprobs[slots.row[gone]] = slots.tokens[gone, :max_new_tokens], slots.logprobs[gone, :max_new_tokens]
             holes, movers = gone[gone < left], (~slots.done[left:alive]).nonzero()[:, 0] + left
-            for state in slots.states if len(holes) else ():
+            columns = [tensor[:, :, :length] for layer in slots.cache.layers for tensor in (layer.keys, layer.values)]
+            for state in (*slots.states, *columns) if len(holes) else ():
                 state[holes] = state[movers]
             slots.done[left:alive], alive = True, left
-
     ended = (tokens[:, :, None] == eos_ids).any(-1)
     mask = (ended.cumsum(-1) - ended.long()) == 0            # True up to and including the first EOS
     width = int(mask.sum(-1).max())
@@ -579,7 +557,6 @@ def micro_batches(groups, budget, share_prefix=True):
     def split(group):
         half = len(group.advantages) // 2
         return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
-
     for batch in length_buckets(itertools.chain(*map(split, groups)), lambda group: len(group.prompt), size, budget):
         owner = torch.cat([torch.full_like(group.advantages, u, dtype=torch.long) for u, group in enumerate(batch)])
         columns = [pad_sequence([row for group in batch for row in getattr(group.samples, name)], True) for name in ("tokens", "logprobs", "mask")]
@@ -596,8 +573,7 @@ def make_optimizer(model, config):
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one denominator:
     micro-batches don't change the gradient. Completions without advantage are left out. NaN or inf never reaches the weights: no step."""
-    groups = [group if config.kl else group[group.advantages != 0] for group in groups]
-    groups = [group for group in groups if len(group.advantages)]
+    groups = [kept for group in groups if len((kept := group if config.kl else group[group.advantages != 0]).advantages)]
     completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
     model, masters, share_prefix = policy.model, optimizer.param_groups[0]["params"], not config.gradient_checkpointing
     for module in model.modules():                           # the model stays in eval mode: no dropout, as in the sampler
@@ -681,13 +657,10 @@ def rewards_of(task, problems, texts, device=None):
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems, each with its own generator -> P records: dicts with `groups` for the update and the rest for people."""
     num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
-
     def groups_of(prompts, samples, advantages):
-        """advantages [prompts, G]; L_target: a longer completion gains nothing."""
-        size, lengths = advantages.shape[1], samples.mask.sum(-1).view(advantages.shape)
-        advantages = torch.where((lengths > (config.target_length or math.inf)) & (advantages > 0), 0.0, advantages)
+        size, lengths = advantages.shape[1], samples.mask.sum(-1).view(advantages.shape)                   # [prompts, G]
+        advantages = torch.where((lengths > (config.target_length or math.inf)) & (advantages > 0), 0.0, advantages)      # L_target
         return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
-
     prompts, samples, traces = search(policy, task, problems, config, num_traces, generators)
     trace_rewards = rewards_of(task, problems, traces, policy.device)                     # [P, N1]; spiral only reports them
     credit = grpo_advantages(trace_rewards)                                               # [P, N1]
@@ -722,8 +695,7 @@ def collect(policy, task, problems, cursor, config):
         if mine := range(cursor + rank, end, processes):
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]       # of seed and place alone
             records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
-        with torch.no_grad():
-            keep_step(policy.model)
+        torch.no_grad()(keep_step)(policy.model)
         useful, cursor = [record for record in records if any((group.advantages != 0).any() for group in record["groups"])], end
         found = int(add_up(torch.tensor(len(useful))))
     return records, useful, found, cursor
@@ -757,8 +729,7 @@ def transcript(task, record):
     for j, (text, reward, advantage) in enumerate(zip(record["traces"][:8], record["trace_rewards"], search_group.advantages)):
         lines += [f"trace {j + 1}   {'right' if reward else 'wrong'}   advantage {advantage:+.3f}", block(text)]
     if set_groups:
-        scores = record["rewards"].mean(-1)
-        k = int(scores.argmax())
+        k = int((scores := record["rewards"].mean(-1)).argmax())
         lines.append(f"set of traces {', '.join(str(j + 1) for j in record['sets'][k].tolist())}   score {scores[k]:.2f}   "
                      f"(all sets: {', '.join(f'{score:.2f}' for score in scores)})")
         for m, (text, reward, advantage) in enumerate(zip(record["aggregations"][k], record["rewards"][k], set_groups[k].advantages)):
@@ -823,9 +794,10 @@ def evaluate(policy, task, problems, config, seed=0):
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed, renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All processes call, one writes."""
-    weights = {name: whole(value).cpu() for name, value in policy.model.state_dict().items()}
-    adam = {f"{i}.{name}": whole(value).contiguous() for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    adam |= {f"{i}.master": whole(p.detach()) for i, p in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
+    adam = {f"{i}.{name}": value for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
+    adam |= {f"{i}.master": p.detach() for i, p in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
+    weights, adam = ({name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous() for name, value in tensors.items()}
+                     for tensors in (policy.model.state_dict(), adam))
     if world()[0]:
         return
     aside = folder.with_name("unfinished")
@@ -833,7 +805,7 @@ def save_checkpoint(folder, state, policy, optimizer):
     policy.model.save_pretrained(aside, state_dict=weights)
     if isinstance(policy.tokenizer, HubTokenizer):          # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
-    save_file(adam, aside / "optimizer.safetensors")
+    safetensors.torch.save_file(adam, aside / "optimizer.safetensors")
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
     for path in (*aside.iterdir(), aside, folder.parent):    # the last one holds the new name
@@ -863,7 +835,7 @@ def newest_checkpoint(out):
 
 def load_optimizer(optimizer, folder):
     saved, masters = {}, optimizer.param_groups[0]["params"]
-    for name, value in load_file(folder / "optimizer.safetensors").items():
+    for name, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
         index, key = int(name.split(".")[0]), name.split(".")[1]
         if isinstance(master := masters[index], DTensor) and value.ndim:
             value = distribute_tensor(value.to(master.device), master.device_mesh, master.placements)
@@ -917,13 +889,9 @@ def train(task, config, out):
     sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
     print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
           f"{f' and {processes - 1} more' if processes > 1 else ''}; everything goes to {out}/", flush=True)
-
     def interrupt(number, frame):
-        if interrupted:
-            os._exit(128 + number)
-        interrupted.append(number)
+        interrupted.append(number) if not interrupted else os._exit(128 + number)
         print("finishing this step, then saving; once more stops at once", flush=True)
-
     handlers, stop = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}, False
     while state["step"] < config.steps and state["bad"] < 5 and not stop:
         began, step = time.time(), state["step"] + 1
@@ -975,8 +943,7 @@ def report(policy, task, config, out):
         if world()[0]:
             continue
         with (out / "evaluation.jsonl").open("a") as file:
-            row = {"policy": name, "step": config.steps if name == "after" else 0, "split": config.eval_split, **columns[name]}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"policy": name, "step": config.steps * (name == "after"), "split": config.eval_split, **columns[name]}) + "\n")
         (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
     for key, value in columns[name].items():
@@ -1025,7 +992,7 @@ def main(arguments=None):
         return train(task, config, out) if config.steps else report(load_policy(config), task, config, out)
     except torch.OutOfMemoryError:
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
-    except (ValueError, OSError, SafetensorError) as error:      # a full disk among them
+    except (ValueError, OSError, safetensors.SafetensorError) as error:      # a full disk among them
         print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
     return 2
 

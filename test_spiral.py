@@ -1690,12 +1690,12 @@ def test_questions_become_problems():
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")])
 def test_a_full_disk_ends_the_run_in_one_line_with_the_last_checkpoint_whole(error, uninterrupted, tmp_path, monkeypatch, capsys):
-    real, out = spiral.save_file, tmp_path / "full"
-    monkeypatch.setattr(spiral, "save_file", lambda tensors, path: (real(tensors, path), (_ for _ in ()).throw(error) if (out / "step-2").exists() else None))
+    real, out = spiral.safetensors.torch.save_file, tmp_path / "full"
+    monkeypatch.setattr(spiral.safetensors.torch, "save_file", lambda tensors, path: (real(tensors, path), (_ for _ in ()).throw(error) if (out / "step-2").exists() else None))
     assert run(*RESUMABLE, "--steps", 4, "--save-every", 1, "--out", out) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "No space left" in lines[0] and spiral.newest_checkpoint(out)[0] == out / "step-2"
-    monkeypatch.setattr(spiral, "save_file", real)
+    monkeypatch.setattr(spiral.safetensors.torch, "save_file", real)
     assert run(*RESUMABLE, "--steps", 4, "--save-every", 1, "--out", out) == 0 and results(out) == results(uninterrupted)
 
 

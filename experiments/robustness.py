@@ -29,7 +29,7 @@ import tasks  # noqa: E402
 RUN = ["--task", "arithmetic:operations=1", "--steps", "4", "--problems", "2", "--max-draws", "1", "--num-traces", "4", "--set-size", "2",
        "--num-sets", "2", "--num-aggregations", "2", "--save-every", "1", "--eval-problems", "0", "--train-problems", "40",
        "--max-trace-tokens", "16", "--max-aggregation-tokens", "16", "--search-weight", "1"]
-SPOTS = [(os, "fsync"), (os, "replace"), (spiral, "save_file"), (shutil, "rmtree"), (json, "dumps"), (spiral, "update")]
+SPOTS = [(os, "fsync"), (os, "replace"), (spiral.safetensors.torch, "save_file"), (shutil, "rmtree"), (json, "dumps"), (spiral, "update")]
 
 
 def run(out, die_in=None, die_after=None):
