@@ -52,18 +52,18 @@ SETTINGS = {
     "short": (["--max-trace-tokens", "24", "--max-aggregation-tokens", "48"], {"main_tokens": 1_000_000, "trace_tokens": 24, "aggregation_tokens": 48}),
     "long": ([], {"tokens": 500_000, "main_tokens": 500_000, "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}})}
 
-# Each ablation: options added to tuned SPIRAL's, and a patch of spiral.py (a function below), in the order in which they are run
+# Each ablation: options added to SPIRAL's, tuned, but at search weight 1, the exact joint gradient; and a patch of spiral.py (a function
+# below). In the order in which they are run
 VARIANTS = {
-    "grpo-agg, search weight 1": (["--algo", "grpo-agg", "--search-weight", "1"], ""),
     "aggregation term only": (["--search-weight", "0"], ""),
-    "search term only": ([], "search_only"),
+    "grpo-agg, search weight 1": (["--algo", "grpo-agg", "--search-weight", "1"], ""),
     "search weight 0.05": (["--search-weight", "0.05"], ""),
-    "search weight 1": (["--search-weight", "1"], ""),
+    "search term only": ([], "search_only"),
     "N1=8 K=8 N2=2": (["--num-sets", "8", "--num-aggregations", "2"], ""),
     "published estimator": (["--estimator", "published", "--no-balanced", "--search-weight", "1"], ""),
-    "random sets": (["--no-balanced"], ""),
     "conclusions only": ([], "conclusions_only"),
     "order not shuffled": ([], "unshuffled"),
+    "random sets": (["--no-balanced"], ""),
     "N1=16 K=4 N2=2": (["--num-traces", "16", "--num-aggregations", "2"], ""),
     "all 70 sets": (["--num-sets", "70", "--num-aggregations", "2", "--no-balanced", "--problems", "3"], ""),    # 148 completions a problem
     "L_target 32": (["--target-length", "32"], ""),
@@ -318,9 +318,13 @@ def cross_pieces(sizes, results):
 
 
 def ablation_pieces(sizes, results):
-    """The references, whose policies are those of the part train, are evaluated at the small sizes too."""
+    """The references, evaluated at the small sizes too; those as tuned are the policies of the part train."""
     mine, tokens, seeds = tuned(sizes, results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"])
-    runs = [(algo, tuned(sizes, results, algo), "") for algo in RIVALS] + [(run, mine + options, patch) for run, (options, patch) in VARIANTS.items()]
+    config = lambda options: spiral.parse_config(["--search-weight", FIRST_WEIGHT, *options])           # noqa: E731
+    exact = mine if config(mine).search_weight == 1 else [*mine, "--search-weight", "1"]
+    runs = [("spiral", exact, ""), *((algo, tuned(sizes, results, algo), "") for algo in ("grpo", "grpo-agg"))]
+    runs += [("spiral, as tuned", mine, "")] if mine != exact else []
+    runs += [(run, exact + options, patch) for run, (options, patch) in VARIANTS.items() if patch or config(exact + options) not in (config(exact), config(mine))]
     return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"]) for run, options, patch in runs for seed in seeds]
 
 
