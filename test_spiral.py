@@ -1723,13 +1723,15 @@ def plot(monkeypatch):
     return importlib.import_module("plot")
 
 
-def test_the_table_in_the_readme_is_the_one_in_the_raw_files(plot):
-    """Between the README's markers stand lines of `python experiments/plot.py --table`, all or some."""
-    if not (plot.RESULTS / "evaluation.jsonl").exists():
-        pytest.skip("the study has not been run")
-    quoted = (HERE / "README.md").read_text().partition("<!-- study -->")[2].partition("<!-- /study -->")[0]
-    quoted, lines = [line for line in quoted.splitlines() if line.startswith("|")], plot.table().splitlines()
-    assert len(quoted) > 2 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
+@pytest.mark.parametrize("readme, marker, table, setting", [
+    ("README.md", "study", "table", "study"), ("experiments/README.md", "study-long", "table", "study-long"),
+    ("experiments/README.md", "ablations", "ablation_table", "study"), ("experiments/README.md", "ablations-long", "ablation_table", "study-long")])
+def test_the_tables_in_the_readmes_are_those_of_the_raw_files(readme, marker, table, setting, plot):
+    """Between the markers stand lines of `python experiments/plot.py --table` or `--ablations`, all or some."""
+    quoted = (HERE / readme).read_text().partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
+    quoted = [line for line in quoted.splitlines() if line.startswith("|")]
+    lines = getattr(plot, table)(plot.RESULTS.with_name(setting)).splitlines()
+    assert len(quoted) > 5 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
 
 
 def test_the_readme_quotes_the_default_runs_as_their_raw_files_have_them(plot):

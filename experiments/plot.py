@@ -1,7 +1,8 @@
 """Every figure and table, from raw files alone.
 
     python experiments/plot.py                          # the study's figures, from experiments/results/study/*.jsonl
-    python experiments/plot.py --table                  # the README's table of results
+    python experiments/plot.py --table                  # the README's table of results; --ablations: that of the ablations
+    python experiments/plot.py --results experiments/results/study-long                          # the same for the other setting
     python experiments/plot.py runs/spiral-countdown-0 runs/grpo-countdown-0 --out curves.png    # training curves, also of runs that go on
 
 Intervals are 95%: over seeds, by Student's t, for "±" and for bands; over problems, by the bootstrap, where it says so. Differences
@@ -264,19 +265,41 @@ def draw_training(folder):
     finish(figure, folder / "training.png", [axes[0]])
 
 
+def ablations(folder):
+    """(names of the scores, scores of SPIRAL's seeds [S, scores], {run: differences from SPIRAL of the same seed [S', scores]})."""
+    runs = load(folder, "ablations")
+    if "spiral" not in runs:
+        return (), [], {}
+
+    def scores(row):
+        ways, curve = procedures(row), pass_curve(row).mean(0)
+        return [curve[0], curve[min(16, len(curve)) - 1], ways[f"tree {row['set_size']}"][1].mean(), ways[f"rsa {row['evaluation']['rsa']}"][1].mean()]
+    first = runs["spiral"][0]
+    names = ("pass@1", "pass@16", f"aggregate {first['set_size']} traces", f"RSA, step {first['evaluation']['rsa']}")
+    reference = {row["seed"]: scores(row) for row in runs["spiral"]}
+    order = list(dict.fromkeys(row["run"] for row in read(folder / "evaluation.jsonl") if row["part"] == "ablations"))
+    gaps = {run: [np.subtract(scores(row), reference[row["seed"]]) for row in runs[run] if row["seed"] in reference] for run in order if run != "spiral"}
+    return names, list(reference.values()), gaps
+
+
+def ablation_table(folder):
+    """In markdown: SPIRAL's scores, and what each ablation changes."""
+    names, reference, gaps = ablations(folder)
+    lines = [f"| {len(reference)} seeds, minus SPIRAL of the same seeds | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|",
+             "| SPIRAL, search weight 1 | " + " | ".join(f"{value:.3f}" for value in np.mean(reference, 0)) + " |"]
+    for run, gap in gaps.items():
+        seeds = f" ({len(gap)} seed{'s' * (len(gap) > 1)})" if len(gap) != len(reference) else ""
+        lines.append(f"| {run}{seeds} | " + " | ".join(f"{mean:+.3f}" + (f" ± {half:.3f}" if len(gap) > 1 else "") for mean, half in zip(*interval(gap))) + " |")
+    return "\n".join(lines)
+
+
 def draw_ablations(folder):
     """Differences from SPIRAL of the same seeds, trained at the same budget."""
-    runs = load(folder, "ablations")
-    if "spiral" not in runs or len(runs) < 2:
+    names, reference, gaps = ablations(folder)
+    if not gaps:
         return
-    def scores(row):
-        ways = procedures(row)
-        return [pass_curve(row)[:, min(16, row["evaluation"]["traces"]) - 1].mean(), ways[f"tree {row['set_size']}"][1].mean(), ways[f"rsa {row['evaluation']['rsa']}"][1].mean()]
-    first = runs["spiral"][0]
-    names = ("pass@16 of traces", f"aggregate {first['set_size']} traces", f"RSA, step {first['evaluation']['rsa']}")
-    reference, others = {row["seed"]: scores(row) for row in runs["spiral"]}, [run for run in runs if run != "spiral"]
-    gaps = {run: [np.subtract(scores(row), reference[row["seed"]]) for row in runs[run] if row["seed"] in reference] for run in others}
-    figure, axes = axes_of(3, *((f"{name}\n(SPIRAL: {np.mean(list(reference.values()), 0)[i]:.3f})", "difference", "") for i, name in enumerate(names)),
+    names, reference, gaps, others = names[1:], np.array(reference)[:, 1:], {run: [g[1:] for g in gap] for run, gap in gaps.items()}, list(gaps)
+    figure, axes = axes_of(3, *((f"{name}\n(SPIRAL: {reference.mean(0)[i]:.3f})", "difference", "") for i, name in enumerate(names)),
                            height=1.4 + 0.28 * len(others))
     for i, axis in enumerate(axes):
         mean, half = np.transpose([interval([gap[i] for gap in gaps[run]]) for run in others])
@@ -382,13 +405,16 @@ def main():
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none: the study")
     parser.add_argument("--out", default="curves.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="raw files of the study, and its figures")
+    parser.add_argument("--ablations", action="store_true", help="print their table in markdown")
     parser.add_argument("--table", action="store_true", help="print it in markdown, instead of drawing")
     args = parser.parse_args()
     if args.runs:
         return print(runs_table(args.runs)) if args.table else draw_runs(args.runs, args.out)
     if not (args.results / "evaluation.jsonl").exists():
         raise SystemExit(f"{args.results} holds no evaluation.jsonl: run experiments/study.py first, or name folders of runs")
-    print(table(args.results)) if args.table else draw_study(args.results)
+    if args.table or args.ablations:
+        return print(table(args.results) if args.table else ablation_table(args.results))
+    draw_study(args.results)
 
 
 if __name__ == "__main__":
