@@ -265,9 +265,9 @@ def draw_training(folder):
     finish(figure, folder / "training.png", [axes[0]])
 
 
-def ablations(folder):
+def ablations(folder, part="ablations"):
     """(names of the scores, scores of SPIRAL's seeds [S, scores], {run: differences from SPIRAL of the same seed [S', scores]})."""
-    runs = load(folder, "ablations")
+    runs = load(folder, part)
     if "spiral" not in runs:
         return (), [], {}
 
@@ -277,16 +277,16 @@ def ablations(folder):
     first = runs["spiral"][0]
     names = ("pass@1", "pass@16", f"aggregate {first['set_size']} traces", f"RSA, step {first['evaluation']['rsa']}")
     reference = {row["seed"]: scores(row) for row in runs["spiral"]}
-    order = list(dict.fromkeys(row["run"] for row in read(folder / "evaluation.jsonl") if row["part"] == "ablations"))
-    gaps = {run: [np.subtract(scores(row), reference[row["seed"]]) for row in runs[run] if row["seed"] in reference] for run in order if run != "spiral"}
+    order = list(dict.fromkeys(row["run"] for row in read(folder / "evaluation.jsonl") if row["part"] == part))
+    gaps = {run: [np.subtract(scores(row), reference[row["seed"]]) for row in runs[run] if row["seed"] in reference] for run in order if run not in ("spiral", "base")}
     return names, list(reference.values()), gaps
 
 
-def ablation_table(folder):
-    """In markdown: SPIRAL's scores, and what each ablation changes."""
-    names, reference, gaps = ablations(folder)
+def ablation_table(folder, part="ablations"):
+    """In markdown: SPIRAL's scores, and what each ablation changes; of the part evaluate: SPIRAL as tuned, and all else."""
+    names, reference, gaps = ablations(folder, part)
     lines = [f"| {len(reference)} seeds, minus SPIRAL of the same seeds | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|",
-             "| SPIRAL, search weight 1 | " + " | ".join(f"{value:.3f}" for value in np.mean(reference, 0)) + " |"]
+             f"| SPIRAL, {'search weight 1' if part == 'ablations' else 'as tuned'} | " + " | ".join(f"{value:.3f}" for value in np.mean(reference, 0)) + " |"]
     for run, gap in gaps.items():
         seeds = f" ({len(gap)} seed{'s' * (len(gap) > 1)})" if len(gap) != len(reference) else ""
         lines.append(f"| {run}{seeds} | " + " | ".join(f"{mean:+.3f}" + (f" ± {half:.3f}" if len(gap) > 1 else "") for mean, half in zip(*interval(gap))) + " |")
@@ -406,6 +406,7 @@ def main():
     parser.add_argument("--out", default="curves.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="raw files of the study, and its figures")
     parser.add_argument("--ablations", action="store_true", help="print their table in markdown")
+    parser.add_argument("--part", default="ablations", choices=("ablations", "evaluate"), help="of --ablations: evaluate is the main comparison")
     parser.add_argument("--table", action="store_true", help="print it in markdown, instead of drawing")
     args = parser.parse_args()
     if args.runs:
@@ -413,7 +414,7 @@ def main():
     if not (args.results / "evaluation.jsonl").exists():
         raise SystemExit(f"{args.results} holds no evaluation.jsonl: run experiments/study.py first, or name folders of runs")
     if args.table or args.ablations:
-        return print(table(args.results) if args.table else ablation_table(args.results))
+        return print(table(args.results) if args.table else ablation_table(args.results, args.part))
     draw_study(args.results)
 
 

@@ -8,7 +8,7 @@
 
 tune        each algorithm over the same learning rates (at search weight 0.05), then search weights, judged on validation problems -> tuned.json
 train       the rivals, each seed, until the step that reaches the budget of sampled output tokens
-evaluate    they go on to the main budget; then experiments 1 to 6 on test problems: counts per problem for every way to use a policy
+evaluate    they, and SPIRAL at search weight 1, go on to the main budget; then experiments 1 to 6 on test problems: counts per problem for every way to use a policy
 cross       each rival as searcher x each as aggregator
 ablations   the VARIANTS: trained at the budget of the part train, and evaluated at smaller sizes, as are the references
 difficulty  countdown from easy to hard, and arithmetic
@@ -291,6 +291,16 @@ def tuned(sizes, results, algo):
     return ["--algo", algo, *sizes["options"], *chosen.get(algo, {}).get("options", [])]
 
 
+def config_of(options):
+    return spiral.parse_config(["--search-weight", FIRST_WEIGHT, *options])
+
+
+def at_weight_1(sizes, results):
+    """Options of SPIRAL at the exact joint gradient, tuned otherwise."""
+    mine = tuned(sizes, results, "spiral")
+    return mine if config_of(mine).search_weight == 1 else [*mine, "--search-weight", "1"]
+
+
 def train_pieces(sizes, results):
     """Seed by seed, so that a part that ends early holds whole seeds."""
     return [make_piece("train", algo, seed, sizes["tokens"], tuned(sizes, results, algo)) for seed in range(sizes["seeds"]) for algo in RIVALS]
@@ -301,6 +311,11 @@ def evaluate_pieces(sizes, results):
     pieces = [make_piece("evaluate", "base", 0, 0, evaluation=sizes["large"])]
     for before in train_pieces(sizes, results):
         piece = make_piece("evaluate", before["run"], before["seed"], sizes["main_tokens"], before["options"], evaluation=sizes["large"])
+        pieces.append({**piece, "goes_on_from": before["name"]})
+    exact = at_weight_1(sizes, results)
+    for seed in range(sizes["ablation_seeds"] if exact != tuned(sizes, results, "spiral") else 0):
+        before = make_piece("ablations", "spiral", seed, sizes["tokens"], exact)
+        piece = make_piece("evaluate", "spiral, search weight 1", seed, sizes["main_tokens"], exact, evaluation=sizes["large"])
         pieces.append({**piece, "goes_on_from": before["name"]})
     return pieces
 
@@ -320,11 +335,10 @@ def cross_pieces(sizes, results):
 def ablation_pieces(sizes, results):
     """The references, evaluated at the small sizes too; those as tuned are the policies of the part train."""
     mine, tokens, seeds = tuned(sizes, results, "spiral"), sizes["tokens"], range(sizes["ablation_seeds"])
-    config = lambda options: spiral.parse_config(["--search-weight", FIRST_WEIGHT, *options])           # noqa: E731
-    exact = mine if config(mine).search_weight == 1 else [*mine, "--search-weight", "1"]
+    exact = at_weight_1(sizes, results)
     runs = [("spiral", exact, ""), *((algo, tuned(sizes, results, algo), "") for algo in ("grpo", "grpo-agg"))]
     runs += [("spiral, as tuned", mine, "")] if mine != exact else []
-    runs += [(run, exact + options, patch) for run, (options, patch) in VARIANTS.items() if patch or config(exact + options) not in (config(exact), config(mine))]
+    runs += [(run, exact + options, patch) for run, (options, patch) in VARIANTS.items() if patch or config_of(exact + options) not in (config_of(exact), config_of(mine))]
     return [make_piece("ablations", run, seed, tokens, options, patch, evaluation=sizes["small"]) for run, options, patch in runs for seed in seeds]
 
 
