@@ -337,12 +337,15 @@ def draw_difficulty(folder):
         return
     order = list(dict.fromkeys(row["task"] for row in runs.get("spiral", runs["base"])))
     title = lambda task: task.replace(":", "\n").replace(",", "\n")          # noqa: E731
-    figure, axes = axes_of(2, ("aggregate of 4 traces", "", "accuracy"), ("pass@16 of traces", "", ""))
+    scores = {"pass@16 of traces": lambda row: pass_curve(row)[:, min(16, row["evaluation"]["traces"]) - 1], "aggregate of 4 traces": lambda row: measures(row)["aggregate 4 traces"],
+              "RSA, last step": lambda row: measures(row)[f"recursive self-aggregation, step {row['evaluation']['rsa']}"]}
+    figure, axes = axes_of(3, *((name, "", "") for name in scores))
     for i, run in enumerate(run for run in RIVALS if run in runs):
-        for axis, score in zip(axes, (lambda row: procedures(row)[f"tree {row['set_size']}"][1].mean(), lambda row: pass_curve(row)[:, min(16, row["evaluation"]["traces"]) - 1].mean())):
-            mean = [np.mean([score(row) for row in runs[run] if row["task"] == task]) for task in order]
-            axis.bar(np.arange(len(order)) + 0.25 * i, mean, 0.22, color=RIVALS[run], label=run)
-            axis.set_xticks(np.arange(len(order)) + 0.25, [title(task) for task in order], fontsize=8)
+        for axis, score in zip(axes, scores.values()):
+            mean = [np.mean([score(row).mean() for row in runs[run] if row["task"] == task]) for task in order]
+            axis.bar(np.arange(len(order)) + 0.2 * i, mean, 0.18, color=RIVALS[run], label=run)
+            axis.set_xticks(np.arange(len(order)) + 0.3, [title(task) for task in order], fontsize=7)
+            print(f"  difficulty {axis.get_title():<24} {run:<9}", *(f"{task} {value:.3f}" for task, value in zip(order, mean)))
     finish(figure, folder / "difficulty.png", [axes[0]])
 
 
