@@ -528,7 +528,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
         steps, (row, step) = torch.arange(width, device=device), present.nonzero(as_tuple=True)             # [t], [M] of the M tokens
         positions = lengths[mine][:, None] + steps                                                          # [b, t]
         if share_prefix:
-            cache = DynamicCache([(layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers])
+            cache = DynamicCache((layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers)
             hidden = last[mine][:, None]                                                                    # predicts the first token
             if width > 1:
                 columns = torch.arange(padded.shape[1], device=device)                                      # [L]; padding is after everything

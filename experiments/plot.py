@@ -346,7 +346,7 @@ def draw_difficulty(folder):
             axis.bar(np.arange(len(order)) + 0.2 * i, mean, 0.18, color=RIVALS[run], label=run)
             axis.set_xticks(np.arange(len(order)) + 0.3, [title(task) for task in order], fontsize=7)
             print(f"  difficulty {axis.get_title():<24} {run:<9}", *(f"{task} {value:.3f}" for task, value in zip(order, mean)))
-    finish(figure, folder / "difficulty.png", [axes[0]])
+    finish(figure, folder / "difficulty.png", [axes[2]])
 
 
 def draw_study(folder):
