@@ -708,14 +708,14 @@ def statistics(task, records, useful, config):
     rates = {"answer_reward": total(final), "trace_reward": total([record["trace_rewards"] for record in records]),
              "all_right": total([(x == 1).all() for x in final]), "all_wrong": total([(x == 0).all() for x in final]),
              "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
-    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefilled_tokens": 0}
+    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefill_tokens": 0}
     for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
         groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
         tokens, truncated = total([g.samples.mask for g in groups])[0], total([g.samples.truncated for g in groups])
         rates |= {f"{role}_length": (tokens, truncated[1]), f"{role}_truncated": truncated,
                   f"{role}_entropy": (-total([g.samples.logprobs for g in groups])[0], tokens)}                        # E[-log pi]
         counts["sampled_tokens"] += tokens
-        counts["prefilled_tokens"] += sum(len(g.prompt) for g in groups)
+        counts["prefill_tokens"] += sum(len(g.prompt) for g in groups)
         if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
             rates["prompts_at_limit"] = (sum(len(g.prompt) > config.max_prompt_tokens - config.set_size for g in groups), len(groups))
     sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))

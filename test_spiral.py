@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -1581,7 +1582,7 @@ def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, optio
     if "--lora-rank" in options:
         pytest.importorskip("peft")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert launch(1, one, 3, *options).wait() == 0
+    assert launch(1, one, 3, *options).wait(timeout=200) == 0
     killed = launch(2, two, 30, *options, *shard)
     workers = after_the_first_step(killed)
     for pid in (killed.pid, *workers):
@@ -1591,12 +1592,30 @@ def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, optio
         if late.name != "step-1":
             shutil.rmtree(late)
     done = launch(2, two, 3, *options, *shard)
-    printed = done.communicate()[0]
+    printed = done.communicate(timeout=200)[0]
     assert done.returncode == 0 and printed.count("step   3/3") == 1, printed
     for a, b in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys() and all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in a)
     load = lambda out: AutoModelForCausalLM.from_pretrained(out / "step-3").state_dict()                             # noqa: E731
     assert all(torch.allclose(value, load(two)[name], atol=2e-4) for name, value in load(one).items())
+
+
+@pytest.mark.parametrize("shard", [(), ("--shard",)])
+def test_a_process_without_a_problem_keeps_step(tmp_path, shard):
+    """One problem for two processes: one has nothing to sample, to train on, or to print; the evaluation follows."""
+    done = launch(2, tmp_path / "run", 2, "--problems", 1, "--max-draws", 1, "--transcript-every", 1, "--eval-problems", 2, *shard)
+    printed = done.communicate(timeout=200)[0]
+    assert done.returncode == 0 and "step   2/2" in printed and "aggregate@2" in printed, printed
+    assert [row["policy"] for row in rows(tmp_path / "run" / "evaluation.jsonl")] == ["before", "after"]
+
+
+def test_functions_to_copy_need_no_other_of_ours():
+    """Those that the README's section names as standing by themselves call nothing else that spiral.py defines."""
+    text = (HERE / "README.md").read_text().partition("## Copy single functions")[2].partition("that stand by themselves")[0]
+    names, ours = re.findall(r"`(\w+)`", text), {name for name, value in vars(spiral).items() if getattr(value, "__module__", "") == "spiral"}
+    def used(code):
+        return set(code.co_names).union(*(used(c) for c in code.co_consts if hasattr(c, "co_names")))
+    assert len(names) >= 8 and not any(used(getattr(spiral, name).__code__) & ours for name in names)
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):

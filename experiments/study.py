@@ -143,7 +143,7 @@ def trained(folder, tokens):
 
 def train_piece(piece, folder, save_every):
     """spiral.main, stopped by a SIGTERM to itself in the step that reaches the budget: it ends the step and saves. More in metrics.jsonl:
-    prefill tokens (each distinct prompt is prefilled once), distinct traces and right answers among the first 8 traces, and time."""
+    distinct traces and right answers among the first 8 traces, and time."""
     plain, clock = spiral.statistics, [time.process_time(), time.time()]
 
     def statistics(task, records, useful, config):
@@ -151,8 +151,7 @@ def train_piece(piece, folder, save_every):
         first = [record["traces"][:8] for record in records]
         right = [{task.answer(text) for text in texts if task.reward(record["problem"], text)} for record, texts in zip(records, first)]
         now = [time.process_time(), time.time()]
-        stats |= {"prefill_tokens": sum(len(group.prompt) for record in records for group in record["groups"]),
-                  "distinct_traces": float(np.mean([len(set(texts)) for texts in first])), "distinct_right": float(np.mean([len(r) for r in right])),
+        stats |= {"distinct_traces": float(np.mean([len(set(texts)) for texts in first])), "distinct_right": float(np.mean([len(r) for r in right])),
                   "cpu_s": now[0] - clock[0], "wall_s": now[1] - clock[1]}               # from one step's rollout to the next one's
         clock[:] = now
         if sum(row["sampled_tokens"] for row in read(folder / "metrics.jsonl")) + stats["sampled_tokens"] >= piece["tokens"]:
