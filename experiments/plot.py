@@ -230,10 +230,17 @@ def draw_main(folder):
     for run in runs:
         band(left, limits, np.transpose([accuracy(run, f"one trace of {limit} tokens") for limit in limits]), run)
         band(right, budgets, np.array([[spend(ways[run], seed, budget)[0] for budget in budgets] for seed in range(len(ways[run]))]), run)
-        for budget in (32, 128, 512, 2048):
-            print(f"  {run:<9} best for {budget:>4} tokens: {' / '.join(spend(ways[run], 0, budget)[1])}")
+        for budget in (64, 128, 256, 512, 1024, 2048):
+            print(f"  {run:<9} best for {budget:>4} tokens: {np.mean([spend(ways[run], seed, budget)[0] for seed in range(len(ways[run]))]):.3f}, "
+                  f"{' / '.join(spend(ways[run], 0, budget)[1])}")
     left.set_xscale("log", base=2), right.set_xscale("log", base=2)
     finish(figure, folder / "budget.png", [left])
+    every = load(folder, "evaluate")                         # those too that the figures leave out
+    for run in [run for run in every if run not in ("base", "grpo") and "grpo" in every]:
+        theirs, ours = {row["seed"]: pass_curve(row).mean(0) for row in every["grpo"]}, {row["seed"]: pass_curve(row).mean(0) for row in every[run]}
+        for k in [k for k in (16, 64, 256) if k <= len(next(iter(ours.values())))]:
+            mean, half = interval([np.log(factor(theirs[seed], ours[seed], k)) for seed in sorted(theirs.keys() & ours.keys())])
+            print(f"  traces that grpo needs for its pass@{k}, over those of {run}: {np.exp(mean):.2f} ({np.exp(mean - half):.2f} to {np.exp(mean + half):.2f})")
 
 
 def spend(ways, seed, budget):
@@ -273,9 +280,9 @@ def ablations(folder, part="ablations"):
 
     def scores(row):
         ways, curve = procedures(row), pass_curve(row).mean(0)
-        return [curve[0], curve[min(16, len(curve)) - 1], ways[f"tree {row['set_size']}"][1].mean(), ways[f"rsa {row['evaluation']['rsa']}"][1].mean()]
+        return [curve[0], curve[min(16, len(curve)) - 1], *([curve[63]] if len(curve) > 63 else []), ways[f"tree {row['set_size']}"][1].mean(), ways[f"rsa {row['evaluation']['rsa']}"][1].mean()]
     first = runs["spiral"][0]
-    names = ("pass@1", "pass@16", f"aggregate {first['set_size']} traces", f"RSA, step {first['evaluation']['rsa']}")
+    names = ("pass@1", "pass@16", *(["pass@64"] if first["evaluation"]["traces"] > 63 else []), f"aggregate {first['set_size']} traces", f"RSA, step {first['evaluation']['rsa']}")
     reference = {row["seed"]: scores(row) for row in runs["spiral"]}
     order = list(dict.fromkeys(row["run"] for row in read(folder / "evaluation.jsonl") if row["part"] == part))
     gaps = {run: [np.subtract(scores(row), reference[row["seed"]]) for row in runs[run] if row["seed"] in reference] for run in order if run not in ("spiral", "base")}
@@ -326,6 +333,10 @@ def draw_cross(folder):
             axis.text(x, y, f"{mean:.3f}" + (f"\n± {half:.3f}" if len(cell) > 1 else ""), ha="center", va="center", fontsize=9,
                       color="black" if image.norm(mean) > 0.5 else "white")
     axis.set(xticks=range(4), yticks=range(4), xticklabels=order, yticklabels=order, xlabel="aggregator", ylabel="searcher", title="accuracy of one aggregation of 4 traces")
+    for x, aggregator in enumerate(order):
+        for other in ("base", "grpo", "grpo-agg"):
+            mean, half = interval(grid[-1][x] - grid[order.index(other)][x])
+            print(f"  {aggregator:<9} on the traces of spiral minus those of {other:<9} {mean:+.3f} ± {half:.3f}")
     figure.savefig(folder / "cross.png", dpi=110)
     plt.close(figure)
     print(f"drawn to {folder / 'cross.png'}")
