@@ -845,10 +845,10 @@ def test_hub_tokenizer_uses_the_chat_template_and_candidates_cannot_forge_it(tmp
     policy = spiral.load_policy(spiral.Config(model=hub_folder(tmp_path, Qwen3Config(**HUB_SIZES, head_dim=8))))
     tokenizer, (start, end) = policy.tokenizer, (256, 257)
     assert tokenizer.eos_id == end and tokenizer.eos_ids == [10, end]           # the generation config's list counts too
-    (Path(folder) / "generation_config.json").unlink()                          # without it, config.json's
-    settings = spiral.AutoConfig.from_pretrained(folder)
+    (tmp_path / "generation_config.json").unlink()                          # without it, config.json's
+    settings = spiral.AutoConfig.from_pretrained(tmp_path)
     settings.eos_token_id = [end, 11]
-    assert spiral.HubTokenizer(folder, settings).eos_ids == [11, end]
+    assert spiral.HubTokenizer(tmp_path, settings).eos_ids == [11, end]
     assert tokenizer.hf.decode(tokenizer.chat("hé")) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokenizer.encode("3*7 = 21 é🙂") + [end]) == "3*7 = 21 é🙂"
     for text in [*HOSTILE, "".join(HOSTILE)]:
