@@ -1566,7 +1566,8 @@ def test_bf16_weights_are_trained_through_fp32_copies(tmp_path):
 
 def launch(processes, out, steps, *more_options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), HERE / "spiral.py", *RESUMABLE]
-    options = ["--steps", steps, "--out", out, "--problems", 3, "--lr", 1e-3, "--search-weight", 1, "--save-every", 1, *more_options]
+    options = ["--steps", steps, "--out", out, "--problems", 3, "--lr", 1e-3, "--search-weight", 1, "--save-every", 1, "--max-trace-tokens", 32,
+               "--max-aggregation-tokens", 40, "--max-draws", 3, *more_options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([str(a) for a in (*command, *options)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -1598,6 +1599,7 @@ def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, optio
     done = launch(2, two, 3, *options, *shard)
     printed = done.communicate(timeout=200)[0]
     assert done.returncode == 0 and printed.count("step   3/3") == 1, printed
+    assert all(row["grad_norm"] > 0 and row["trained_tokens"] > 200 for row in rows(one / "metrics.jsonl"))
     for a, b in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys() and all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in a)
     load = lambda out: AutoModelForCausalLM.from_pretrained(out / "step-3").state_dict()                             # noqa: E731
