@@ -1572,10 +1572,10 @@ def launch(processes, out, steps, *more_options):
     return subprocess.Popen([str(a) for a in (*command, *options)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def after_the_first_step(launched):
-    """The process numbers of the workers, once they have made a step."""
+def after_the_first_checkpoint(launched):
+    """The process numbers of the workers, once the second step has ended, before which the first was saved."""
     for line in launched.stdout:
-        if line.startswith("step   1/"):
+        if line.startswith("step   2/"):
             break
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()]
 
@@ -1589,7 +1589,7 @@ def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, optio
     one, two = tmp_path / "one", tmp_path / "two"
     assert launch(1, one, 3, *options).wait(timeout=200) == 0
     killed = launch(2, two, 30, *options, *shard)
-    workers = after_the_first_step(killed)
+    workers = after_the_first_checkpoint(killed)
     for pid in (killed.pid, *workers):
         os.kill(pid, signal.SIGKILL)
     killed.wait()
@@ -1598,7 +1598,7 @@ def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, optio
             shutil.rmtree(late)
     done = launch(2, two, 3, *options, *shard)
     printed = done.communicate(timeout=200)[0]
-    assert done.returncode == 0 and printed.count("step   3/3") == 1, printed
+    assert done.returncode == 0 and "resuming" in printed and "step   1/3" not in printed and printed.count("step   3/3") == 1, printed
     assert all(row["grad_norm"] > 0 and row["trained_tokens"] > 200 for row in rows(one / "metrics.jsonl"))
     for a, b in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys() and all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in a)
@@ -1626,7 +1626,7 @@ def test_functions_to_copy_need_no_other_of_ours():
 
 def test_a_process_that_dies_ends_the_run(tmp_path):
     run_ = launch(2, tmp_path / "run", 1000)
-    os.kill(after_the_first_step(run_)[-1], signal.SIGKILL)
+    os.kill(after_the_first_checkpoint(run_)[-1], signal.SIGKILL)
     printed = run_.communicate(timeout=60)[0]
     assert run_.returncode != 0 and "SIGKILL" in printed
 
