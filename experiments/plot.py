@@ -92,9 +92,11 @@ def factor(theirs, ours, k):
     return min(1.0, np.exp(np.interp(ours[-1], theirs, logs)) / len(ours))
 
 
-def load(folder, part):
-    """{run: rows in order of their seeds} of a part of the study; of repeated pieces the last."""
-    rows = {(row["run"], row["seed"], row["task"], row.get("pair_seed")): row for row in read(folder / "evaluation.jsonl") if row["part"] == part}
+def load(folder, part, tokens=0):
+    """{run: rows in order of their seeds} of a part of the study, at a budget of sampled tokens (0: the largest); of repeated pieces the last."""
+    rows = [row for row in read(folder / "evaluation.jsonl") if row["part"] == part]
+    tokens = tokens or max((row["tokens"] for row in rows), default=0)
+    rows = {(row["run"], row["seed"], row["task"], row.get("pair_seed")): row for row in rows if row["tokens"] in (0, tokens)}
     runs = {}
     for key in sorted(rows, key=lambda key: (key[1], key[3] or 0)):
         runs.setdefault(key[0], []).append(rows[key])

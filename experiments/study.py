@@ -8,7 +8,8 @@
 
 tune        each algorithm over the same learning rates (at search weight 0.05), then search weights, judged on validation problems -> tuned.json
 train       the rivals, each seed, until the step that reaches the budget of sampled output tokens
-evaluate    they, and SPIRAL at search weight 1, go on to the main budget; then experiments 1 to 6 on test problems: counts per problem for every way to use a policy
+evaluate    they, and SPIRAL at search weight 1, go on to each of the main budgets; there experiments 1 to 6 on test problems: counts per problem for every way
+            to use a policy
 cross       each rival as searcher x each as aggregator
 ablations   the VARIANTS: trained at the budget of the part train, and evaluated at smaller sizes, as are the references
 difficulty  countdown from easy to hard, and arithmetic
@@ -44,13 +45,13 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 2.0, "cross": 0.3, "ablations": 2.0, "difficulty": 0.7, "noise": 0.2}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 5.0, "cross": 0.3, "ablations": 2.0, "difficulty": 2.0, "noise": 0.2}    # CPU hours each
 
 # "short": a trace has room for one attempt, an aggregation for reading four and about two attempts of its own, so only a set searches.
 # "long": a trace goes through several attempts by itself; the limits are the defaults of spiral.py. Each: options of training, and sizes.
 SETTINGS = {
-    "short": (["--max-trace-tokens", "24", "--max-aggregation-tokens", "48"], {"main_tokens": 1_000_000, "trace_tokens": 24, "aggregation_tokens": 48}),
-    "long": ([], {"tokens": 500_000, "main_tokens": 500_000, "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}})}
+    "short": (["--max-trace-tokens", "24", "--max-aggregation-tokens", "48"], {"main_tokens": [1_000_000, 2_000_000], "trace_tokens": 24, "aggregation_tokens": 48}),
+    "long": ([], {"tokens": 500_000, "main_tokens": [500_000], "large": {"problems": 50, "traces": 128, "tree": 16, "rsa": 8}})}
 
 # Each ablation: options added to SPIRAL's, tuned, but at search weight 1, the exact joint gradient; and a patch of spiral.py (a function
 # below). In the order in which they are run
@@ -71,12 +72,12 @@ VARIANTS = {
 
 # CPU seconds on one thread of a 2-core machine whose other core is as busy, for 100 000 sampled tokens of spiral and grpo-agg, and of grpo:
 # 29 and 19 (short), 34 and 21 (long); about 90 for a "large" evaluation, 40 for a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 3, "save_every": 10,
         "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
         "large": {"problems": 60, "traces": 256, "tree": 64, "rsa": 10}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
-QUICK = {"seeds": 2, "tokens": 18_000, "main_tokens": 24_000, "tune_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
+QUICK = {"seeds": 2, "tokens": 18_000, "main_tokens": [24_000], "tune_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
          "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
 FIRST_WEIGHT = "0.05"                                        # of the search term, where a piece's options don't name another
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace (experiment 4); the last is that of evaluation in "long"
@@ -306,23 +307,22 @@ def train_pieces(sizes, results):
 
 
 def evaluate_pieces(sizes, results):
-    """A resumed run is the undisturbed one, to the byte, so these go on from the shorter ones where they are there."""
-    pieces = [make_piece("evaluate", "base", 0, 0, evaluation=sizes["large"])]
-    for before in train_pieces(sizes, results):
-        piece = make_piece("evaluate", before["run"], before["seed"], sizes["main_tokens"], before["options"], evaluation=sizes["large"])
-        pieces.append({**piece, "goes_on_from": before["name"]})
-    exact = at_weight_1(sizes, results)
-    for seed in range(sizes["ablation_seeds"] if exact != tuned(sizes, results, "spiral") else 0):
-        before = make_piece("ablations", "spiral", seed, sizes["tokens"], exact)
-        piece = make_piece("evaluate", "spiral, search weight 1", seed, sizes["main_tokens"], exact, evaluation=sizes["large"])
-        pieces.append({**piece, "goes_on_from": before["name"]})
+    """A resumed run is the undisturbed one, to the byte, so each budget goes on from the one before where that is there."""
+    pieces, exact = [make_piece("evaluate", "base", 0, 0, evaluation=sizes["large"])], at_weight_1(sizes, results)
+    before = train_pieces(sizes, results)
+    if exact != tuned(sizes, results, "spiral"):
+        before += [make_piece("evaluate", "spiral, search weight 1", seed, sizes["tokens"], exact) | {"name": make_piece("", "spiral", seed, sizes["tokens"], exact)["name"]}
+                   for seed in range(sizes["ablation_seeds"])]                           # the ablations' reference
+    for tokens in sizes["main_tokens"]:
+        before = [{**make_piece("evaluate", old["run"], old["seed"], tokens, old["options"], evaluation=sizes["large"]), "goes_on_from": old["name"]} for old in before]
+        pieces += before
     return pieces
 
 
 def cross_pieces(sizes, results):
     pieces = []
     for seed in range(sizes["seeds"]):
-        options = {"base": (0, 0), **{algo: (seed, sizes["main_tokens"], tuned(sizes, results, algo)) for algo in RIVALS}}
+        options = {"base": (0, 0), **{algo: (seed, sizes["main_tokens"][-1], tuned(sizes, results, algo)) for algo in RIVALS}}
         policies = {run: make_piece("cross", run, *rest) for run, rest in options.items()}
         evaluation = {**sizes["large"], "searchers": {run: piece["name"] for run, piece in policies.items()}}
         for run, rest in options.items():
