@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -220,13 +220,17 @@ def check_fit(config, task, problems):
     if needed > limit:
         raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
-def hidden_states(model, tokens, cache=None, positions=None, keys=None):
-    """Last hidden states [B, T, d]: the model without its vocabulary head. Behind a filled `cache`: with positions [B, T], and those of the
-    keys [B or 1, S], cached ones and their own. A token attends to what is not after it, nor before its sliding window."""
+def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, own=0):
+    """Last hidden states [B, T, d]: the model without its vocabulary head. Behind a filled `cache`, whose keys are `before` columns of prompts
+    of `lengths` [B, 1], and then `own` columns: tokens [B, T] that start in `column` of these. A token attends to its prompt, to the own
+    columns up to itself, and to nothing before its sliding window."""
     settings, inputs = model.config.get_text_config(), {}
     if getattr(model, "sharded", False):
         add_up(torch.ones(1))                                # see keep_step
-    if positions is not None:                                # load_policy asks for SDPA: eager misreads masks of True = attend
+    if lengths is not None:                                  # load_policy asks for SDPA: eager misreads masks of True = attend
+        columns = torch.arange(max(before, own), device=tokens.device)
+        positions = lengths + column + columns[:tokens.shape[1]]                                                         # [B, T]
+        keys = torch.cat([torch.where(columns[:before] < lengths, columns[:before], 1 << 30), lengths + columns[:own]], 1)    # [B, S]
         allowed = keys[:, None] <= positions[:, :, None]     # [B, T, S]
         kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
         near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
@@ -272,36 +276,77 @@ class Samples:
     def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
 class SlotLayer(DynamicLayer):
-    """One layer's keys and values [slots, heads, T, D]. In a decoding step, which sets rows, columns and length, slot b writes at its own column."""
-    def __init__(self, keys, slots, length):
+    """One layer's keys and values: of each prompt [prompts, heads, L, D], held once for all its completions, and of the completion in each slot
+    [slots, heads, T, D]. A decoding step sets the rest first: the `rows`, `owner`, `place` and `column` of each, and how much of the memory is in use."""
+    def __init__(self, prompt_keys, prompt_values, keys, values):
         super().__init__()
-        self.keys, self.values = (keys.new_zeros(slots, keys.shape[1], length, keys.shape[3]) for _ in range(2))
-        self.is_initialized = True
+        self.prompt_keys, self.prompt_values, self.keys, self.values, self.is_initialized = prompt_keys, prompt_values, keys, values, True
     def update(self, keys, values, *args, **kwargs):
-        self.keys[self.rows, :, self.columns] = keys[:, :, 0]
-        self.values[self.rows, :, self.columns] = values[:, :, 0]
-        return self.keys[:len(self.rows), :, :self.length], self.values[:len(self.rows), :, :self.length]
+        self.keys[self.rows, :, self.column] = keys[:, :, 0]
+        self.values[self.rows, :, self.column] = values[:, :, 0]
+        return self, self                                    # the model hands them on to shared_prefix_attention
+
+def shared_prefix_attention(module, query, layer, _, allowed, scaling=None, **kwargs):
+    """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: all completions of a prompt read its keys at once. For that the queries
+    lie in a grid: by prompt (U; one more for rows that are dead), and by place among its completions (R). allowed [B, 1, 1, L + T]."""
+    prompts, places, before, own = layer.sizes               # U, R, L, T
+    (rows, heads), (_, kv, _, width) = query.shape[:2], layer.keys.shape
+    prompt_keys, prompt_values = layer.prompt_keys[:prompts, :, :before], layer.prompt_values[:prompts, :, :before]      # [U, kv, L, D]
+    keys, values = layer.keys[:rows, :, :own], layer.values[:rows, :, :own]                                              # [B, kv, T, D]
+    def spread(x):                                           # [B, kv, G, C] -> [U, kv, R * G, C]
+        grid = x.new_zeros(prompts + 1, x.shape[1], places, *x.shape[2:])
+        grid[layer.owner, :, layer.place] = x
+        return grid[:-1].flatten(2, 3)
+    def collect(x):                                          # and back
+        return x.unflatten(2, (places, -1))[layer.owner, :, layer.place]
+    def scores(a, b):                                        # in fp32: rounded to bf16 they would cost the log-probs two digits
+        if a.dtype != torch.float32 and a.is_cuda:
+            return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, a.shape[:2])
+        return a.float() @ b.float().mT
+    query = query.reshape(rows, kv, -1, width) * (width ** -0.5 if scaling is None else scaling)                         # [B, kv, G, D]
+    together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)                          # [U, kv, R * G, L + T]
+    allowed = spread(allowed.expand(-1, 1, query.shape[2], -1))
+    weights = together.masked_fill_(~allowed, torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
+    mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values                     # [B, kv, G, D]
+    return mixed.reshape(rows, 1, heads, width), None
 
 class Slots:
-    """Memory of decoding: cache, state and output of each slot. Kept from call to call: fresh memory is slow, and CUDA graphs hold its addresses."""
-    def __init__(self, prefix, count, length, limit, eos_ids, device):
-        self.length, self.limit, self.eos_ids, self.graphs = length, limit, eos_ids, {}
+    """Memory of decoding. Kept from call to call: fresh memory is slow, and CUDA graphs hold its addresses."""
+    def __init__(self, policy, prompts, longest, count, limit, total):
+        (layers, heads, width), device = cache_shape(policy.model), policy.device
+        memory = lambda *sizes: torch.zeros(sizes, dtype=policy.model.dtype, device=device)                 # noqa: E731
+        self.sizes, self.graphs, self.dtype = (prompts, longest, count, limit, total), {}, policy.model.dtype
+        self.eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
-        self.cache = Cache(layers=[SlotLayer(layer.keys, count, length) for layer in prefix.layers])
-        self.row, self.step, self.column, self.token = torch.zeros(4, count, dtype=torch.long, device=device)    # [slots] each
+        self.cache = Cache(layers=[SlotLayer(*(memory(n, heads, length, width) for n, length in ((prompts, longest), (count, limit)) for _ in range(2)))
+                                   for _ in range(layers)])
+        self.length = torch.zeros(prompts, dtype=torch.long, device=device)              # [prompts]
+        # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
+        self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
         self.done = torch.ones(count, dtype=torch.bool, device=device)
-        self.uniforms = torch.zeros(count, limit + 1, dtype=torch.float64, device=device)
-        self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()         # [slots, limit + 1]; the last column is trash
-        self.states = [self.row, self.step, self.column, self.token, self.done, self.uniforms, self.tokens, self.logprobs]
+        self.uniforms = torch.zeros(total + 1, limit + 1, dtype=torch.float64, device=device)      # the last row and column are trash
+        self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()
+
+def cache_shape(model):
+    """(layers, heads, width) of a model's cache."""
+    text = model.config.get_text_config()
+    return (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 def most_slots(model, length, device):
     """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             if device.type == "cuda" else 2 << 30)
-    return max(1, free // 2 // (2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length))
+    return max(1, free // 2 // (2 * math.prod(cache_shape(model)) * model.dtype.itemsize * length))
+
+def fill_gaps(used, tensors):
+    """The last of the `used` [n] rows move into the gaps before them. Returns how many there are, and where each row is now [n]."""
+    left, now_at = int(used.sum()), torch.arange(len(used), device=used.device)
+    holes, movers = (~used[:left]).nonzero()[:, 0], used[left:].nonzero()[:, 0] + left
+    for tensor in tensors if len(holes) else ():
+        tensor[holes] = tensor[movers]
+    now_at[movers] = holes
+    return left, now_at
 
 def draw_tokens(logits, uniforms, greedy):
     """Tokens and log-probs by inverting the CDF at a row's own uniform: they don't depend on the batch. logits [B, V] fp32, uniforms [B] fp64."""
@@ -328,70 +373,73 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     """Sample `num_samples` completions of each prompt (a list of token lists) -> Samples, in prompt-major order. temperature 0 is greedy. max_rows:
     rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`: one, or a list of one for each prompt, which makes a
     prompt's samples independent of the others. Raises ValueError for an empty prompt."""
-    model, device = policy.model, policy.device
+    model, device, settings = policy.model, policy.device, policy.model.config.get_text_config()
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt, and a token in each")
-    total, longest = len(prompts) * num_samples, max(map(len, prompts)) + max_new_tokens
-    uniforms = torch.cat([torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
-                          for g in (generator if isinstance(generator, list) else [generator] * len(prompts))]).to(device)
-    tokens = torch.full((total, max_new_tokens), policy.tokenizer.eos_id, device=device)
-    logprobs = torch.zeros(total, max_new_tokens, device=device)
-    eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
-    waiting = {}                                             # distinct prompt -> its rows
+    total, longest, waiting = len(prompts) * num_samples, bucket(max(map(len, prompts))), {}     # waiting: distinct prompt -> its rows
     for i, prompt in enumerate(prompts):
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
-    wanted, slots, alive = min(total, max_rows or total), policy.slots, 0               # slots 0..alive-1 hold a completion
-    if not slots or slots.length < longest or slots.limit < max_new_tokens or slots.cache.layers[0].keys.dtype != model.dtype or (
-            len(slots.done) < min(wanted, most_slots(model, bucket(longest), device))):
-        slots = policy.slots = None                          # too small: made again after the first prefill
-    size = min(wanted, len(slots.done) if slots else most_slots(model, bucket(longest), device))
+    share = min(1.0, 2 / num_samples)                        # prompts to a slot: twice what it takes as long as all their completions go on
+    count = min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))
+    room, places = len(waiting) if count == total else math.ceil(share * count) + 1, min(count, max(len(rows) for _, rows in waiting))
+    slots, alive, held = policy.slots, 0, 0                  # slots 0..alive-1 and prompts 0..held-1 are in use
+    if not slots or slots.dtype != model.dtype or any(has < n for has, n in zip(slots.sizes, (room, longest, count, max_new_tokens, total))):
+        slots = policy.slots = None                          # too small
+        slots = policy.slots = Slots(policy, room, longest, count, max_new_tokens, total)
+    slots.owner[:], slots.place[:], slots.row[:], slots.done[:] = -1, 0, -1, True        # a slot without completion works for the trash
+    slots.tokens[:], slots.logprobs[:], slots.uniforms[:total, :max_new_tokens] = policy.tokenizer.eos_id, 0, torch.cat([
+        torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
+        for g in (generator if isinstance(generator, list) else [generator] * len(prompts))])
+    AttentionInterface.register("shared_prefix", shared_prefix_attention)
     def emit(logits, s):
         """Sample a token for each of the slots `s`, record it, and see whether it was the last."""
-        place = torch.where(slots.done[s], slots.limit, slots.step[s])[:, None]         # a finished row runs on until the next look
-        drawn, logprob = draw_tokens(logits, slots.uniforms[s].gather(1, place)[:, 0], temperature == 0)
-        slots.tokens[s].scatter_(1, place, drawn[:, None])
-        slots.logprobs[s].scatter_(1, place, logprob[:, None])
-        slots.token[s], slots.step[s] = drawn, slots.step[s] + 1
-        slots.done[s] |= (drawn[:, None] == slots.eos_ids).any(-1) | (slots.step[s] >= max_new_tokens)
-    def decode(count, length):
-        """One token for each of the first `count` slots, which attend to `length` columns."""
-        column, slot, keys = slots.column[:count], torch.arange(count, device=device), torch.arange(length, device=device)[None]
+        row, step, done = slots.row[s], slots.step[s], slots.done[s]
+        column = torch.where(done, slots.sizes[3], step)     # a finished completion runs on, into the trash, until the next look
+        slots.token[s], logprob = draw_tokens(logits, slots.uniforms[row, column], temperature == 0)
+        slots.tokens[row, column], slots.logprobs[row, column] = slots.token[s], logprob
+        step += ~done
+        done |= (slots.token[s, None] == slots.eos_ids).any(-1) | (step >= max_new_tokens)
+    def decode(count, prompts, before, own):
+        """One token for each of the first `count` slots, which attend to `before` columns of their prompt and `own` of theirs."""
+        owner, place, column = slots.owner[:count], slots.place[:count], slots.step[:count] - 1
         for layer in slots.cache.layers:
-            layer.rows, layer.columns, layer.length = slot, column, length
-        hidden = hidden_states(model, slots.token[:count, None], slots.cache, column[:, None], keys)                     # [count, 1, d]
+            layer.rows, layer.owner, layer.place, layer.column = torch.arange(count, device=device), owner, place, column
+            layer.sizes = prompts, places, before, own
+        plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
+        try:
+            hidden = hidden_states(model, slots.token[:count, None], slots.cache, slots.length[owner][:, None], before, column[:, None], own)
+        finally:
+            settings._attn_implementation = plain
         emit(head(model, hidden[:, 0], temperature or 1.0), slice(count))
-        column += ~slots.done[:count]
     while waiting or alive:
         # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
-        while waiting and (not alive or size - alive >= max(len(waiting[-1][1]), size // 4)):
-            batch, free = [], size - alive
-            while waiting and free and (not batch or (len(waiting[-1][1]) <= free and (len(batch) + 1) * len(batch[0][0]) <= 16384)):
+        while waiting and held < room and (not alive or count - alive >= max(len(waiting[-1][1]), count // 4)):
+            batch, free = [], count - alive
+            while waiting and free and held + len(batch) < room and (
+                    not batch or (len(waiting[-1][1]) <= free and (len(batch) + 1) * len(batch[0][0]) <= 16384)):
                 prompt, rows = waiting.pop()
                 batch.append((list(prompt), rows[:free]))
                 if len(rows) > free:                         # more samples than slots: the rest waits
                     waiting.append((prompt, rows[free:]))
                 free -= len(batch[-1][1])
-            lengths = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                  # [U]
-            padded = pad([prompt for prompt, _ in batch], policy.tokenizer.eos_id, device)               # [U, L]
+            new, these = slice(alive, count - free), slice(held, held + len(batch))
+            padded = pad([prompt for prompt, _ in batch], 0, device)                                     # [U, L]
             hidden = hidden_states(model, padded, prefix := DynamicCache())                              # causal: pads come last
-            if not slots:
-                slots = policy.slots = Slots(prefix, size, bucket(longest), max_new_tokens, eos_ids, device)
-            owner = torch.tensor([u for u, (_, rows) in enumerate(batch) for _ in rows], device=device)  # [new]
-            rows, new = torch.tensor([r for _, rows in batch for r in rows], device=device), slice(alive, size - free)
             for layer, source in zip(slots.cache.layers, prefix.layers):
-                layer.keys[new, :, :padded.shape[1]], layer.values[new, :, :padded.shape[1]] = source.keys[owner], source.values[owner]
-            slots.row[new], slots.step[new], slots.column[new], slots.done[new] = rows, 0, lengths[owner], False
-            slots.uniforms[new, :max_new_tokens], slots.tokens[new] = uniforms[rows], policy.tokenizer.eos_id
-            emit(head(model, hidden[torch.arange(len(batch), device=device), lengths - 1], temperature or 1.0)[owner], new)
-            alive = size - free
+                layer.prompt_keys[these, :, :padded.shape[1]], layer.prompt_values[these, :, :padded.shape[1]] = source.keys, source.values
+            slots.length[these] = length = torch.tensor([len(prompt) for prompt, _ in batch], device=device)             # [U]
+            owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T   # [new] each
+            slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = held + owner, place, row, 0, False
+            emit(head(model, hidden[torch.arange(len(batch), device=device), length - 1], temperature or 1.0)[owner], new)
+            alive, held = count - free, held + len(batch)
         # Decode: one token for every row; on the GPU eight, for a look at which rows are done waits for it
-        length = int(slots.column[:alive].max()) + 1
+        own, before = int(slots.step[:alive].max()), int(slots.length[:held].max())
         for i in range(1 if device.type == "cpu" else 8):
-            count, width = alive, min(length + i, longest)
+            shape = alive, held, before, min(own + i, max_new_tokens)
             if policy.graphs:                                # of few shapes
-                count, width = min(bucket(count), len(slots.done)), min(bucket(width), slots.length)
-            key, step = (count, width, max_new_tokens, temperature), functools.partial(decode, count, width)
+                shape = tuple(map(min, (bucket(alive), 1 << (held - 1).bit_length(), longest, bucket(own + i)), (slots.sizes[j] for j in (2, 0, 1, 3))))
+            key, step = (*shape, places, max_new_tokens, temperature), functools.partial(decode, *shape)
             slots.graphs.get(key, step)()                    # the first time plainly, which warms up for the capture
             if policy.graphs and key not in slots.graphs:
                 try:
@@ -399,20 +447,21 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
                 except RuntimeError as error:
                     policy.graphs = False
                     print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
-        # Stop: when a tenth has finished, their output leaves, and the last rows move into their slots
-        gone = slots.done[:alive].nonzero()[:, 0]
-        if len(gone) >= 0.1 * alive:
-            left = alive - len(gone)
-            tokens[slots.row[gone]], logprobs[slots.row[gone]] = slots.tokens[gone, :max_new_tokens], slots.logprobs[gone, :max_new_tokens]
-            holes, movers = gone[gone < left], (~slots.done[left:alive]).nonzero()[:, 0] + left
-            columns = [tensor[:, :, :length] for layer in slots.cache.layers for tensor in (layer.keys, layer.values)]
-            for state in (*slots.states, *columns) if len(holes) else ():
-                state[holes] = state[movers]
-            slots.done[left:alive], alive = True, left
-    ended = (tokens[:, :, None] == eos_ids).any(-1)
+        # Stop: when a tenth has finished, the last ones move into their slots, and into the place of prompts that no slot needs
+        layers, left = slots.cache.layers, int((~slots.done[:alive]).sum())
+        if left <= 0.9 * alive:
+            columns = [tensor[:, :, :own] for layer in layers for tensor in (layer.keys, layer.values)]
+            fill_gaps(~slots.done[:alive], [*slots.states, *columns])
+            slots.done[:left], slots.done[left:], slots.owner[left:], slots.place[left:], slots.row[left:] = False, True, -1, 0, -1
+            used = torch.zeros(held, dtype=torch.bool, device=device).index_fill_(0, slots.owner[:left], True)
+            columns = [tensor[:, :, :before] for layer in layers for tensor in (layer.prompt_keys, layer.prompt_values)]
+            (held, now_at), alive = fill_gaps(used, [slots.length, *columns]), left
+            slots.owner[:left] = now_at[slots.owner[:left]]
+    tokens, logprobs = slots.tokens[:total, :max_new_tokens], slots.logprobs[:total, :max_new_tokens]
+    ended = (tokens[:, :, None] == slots.eos_ids).any(-1)
     mask = (ended.cumsum(-1) - ended.long()) == 0            # True up to and including the first EOS
     width = int(mask.sum(-1).max())
-    return Samples(tokens[:, :width], logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
+    return Samples(tokens[:, :width].clone(), logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
 
 # ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
@@ -525,20 +574,17 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
         width, rows = counts[rows[-1]], torch.tensor(rows, device=device)                                   # the longest comes last
         mine = owner[rows]                                                                                  # [b]
         completion, present = tokens[rows, :width], mask[rows, :width]                                      # [b, t]
-        steps, (row, step) = torch.arange(width, device=device), present.nonzero(as_tuple=True)             # [t], [M] of the M tokens
-        positions = lengths[mine][:, None] + steps                                                          # [b, t]
+        row, step = present.nonzero(as_tuple=True)                                                          # [M] of the M tokens
         if share_prefix:
             cache = DynamicCache((layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers)
             hidden = last[mine][:, None]                                                                    # predicts the first token
             if width > 1:
-                columns = torch.arange(padded.shape[1], device=device)                                      # [L]; padding is after everything
-                keys = torch.cat([torch.where(columns < lengths[mine][:, None], columns, 1 << 30), positions[:, :-1]], 1)     # [b, L+t-1]
-                later = hidden_states(model, completion[:, :-1], cache, positions[:, :-1], keys)            # [b, t-1, d]
+                later = hidden_states(model, completion[:, :-1], cache, lengths[mine][:, None], padded.shape[1], 0, width - 1)    # [b, t-1, d]
                 hidden = torch.cat([hidden, later], 1)
             hidden = hidden[row, step]
         else:
             sequences = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad(sequences, 0, device))[row, positions[row, step] - 1]      # [M, d]
+            hidden = hidden_states(model, pad(sequences, 0, device))[row, lengths[mine][row] + step - 1]      # [M, d]
         parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
     row, step, *values = map(torch.cat, zip(*parts))
     return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)

@@ -316,15 +316,15 @@ def test_a_replayed_step_is_exact_after_the_weights_have_changed(name, monkeypat
         captured.append(function)
         return replay
     monkeypatch.setattr(spiral, "capture", capture)
-    for seed in range(3):
+    for seed in (0, 1, 2, 0, 1, 2):
         expected, samples = sample(plain, seed), sample(replayed, seed)
         assert torch.equal(samples.tokens, expected.tokens) and torch.equal(samples.mask, expected.mask)
         torch.testing.assert_close(samples.logprobs, expected.logprobs, rtol=0, atol=1e-5)
         for policy in (plain, replayed):
             with torch.no_grad():
                 for p in policy.model.parameters():
-                    p.mul_(0.9)
-    assert len(replays) > 20 and len(captured) == len(replayed.slots.graphs)              # once for each shape, in all three calls
+                    p.mul_(0.99)
+    assert len(replays) > 20 and len(captured) == len(replayed.slots.graphs)              # once for each shape, in all six calls
 
 
 def test_without_cuda_graphs_it_says_so_and_goes_on(monkeypatch, capsys):
