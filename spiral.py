@@ -305,8 +305,9 @@ def shared_prefix_attention(module, query, layer, _, allowed, scaling=None, **kw
         return a.float() @ b.float().mT
     query = query.reshape(rows, kv, -1, width) * (width ** -0.5 if scaling is None else scaling)                         # [B, kv, G, D]
     together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)                          # [U, kv, R * G, L + T]
-    allowed = spread(allowed.expand(-1, 1, query.shape[2], -1))
-    weights = together.masked_fill_(~allowed, torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
+    if id(allowed) not in layer.hidden:                      # the same in all layers of a kind
+        layer.hidden[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
+    weights = together.masked_fill_(layer.hidden[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
     mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values                     # [B, kv, G, D]
     return mixed.reshape(rows, 1, heads, width), None
 
@@ -403,8 +404,9 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     def decode(count, prompts, before, own):
         """One token for each of the first `count` slots, which attend to `before` columns of their prompt and `own` of theirs."""
         owner, place, column = slots.owner[:count], slots.place[:count], slots.step[:count] - 1
+        rows, hidden = torch.arange(count, device=device), {}
         for layer in slots.cache.layers:
-            layer.rows, layer.owner, layer.place, layer.column = torch.arange(count, device=device), owner, place, column
+            layer.rows, layer.owner, layer.place, layer.column, layer.hidden = rows, owner, place, column, hidden
             layer.sizes = prompts, places, before, own
         plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
         try:

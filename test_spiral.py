@@ -284,6 +284,40 @@ def test_memory_kept_from_call_to_call_changes_nothing():
     assert seen[0] is seen[1] is seen[2] is not seen[3] and seen[3] is seen[4]
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance):
+    """Rows of three prompts in any order, one prompt with a single row left, two dead rows, two queries to a key: as SDPA on a copy for each row."""
+    torch.manual_seed(0)
+    heads, kv, width, before, own, places = 4, 2, 8, 7, 5, 3
+    layer = spiral.SlotLayer(*(torch.randn(n, kv, length, width, dtype=dtype) for n, length in ((4, before + 2), (9, own + 1)) for _ in range(2)))
+    layer.owner, layer.place = torch.tensor([2, 0, 1, 2, -1, 0, 0, -1]), torch.tensor([1, 0, 2, 0, 0, 2, 1, 0])
+    rows, layer.sizes, layer.hidden = len(layer.owner), (3, places, before, own), {}
+    query, allowed = torch.randn(rows, heads, 1, width, dtype=dtype), torch.rand(rows, 1, 1, before + own) < 0.7
+    allowed[..., -1] = True
+    found, _ = spiral.shared_prefix_attention(None, query, layer, layer, allowed)
+    copies = lambda prompt, mine: torch.cat([prompt[layer.owner, :, :before], mine[:rows, :, :own]], 2).float()       # noqa: E731
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(layer.prompt_keys, layer.keys), copies(layer.prompt_values, layer.values),
+                                                                allowed, enable_gqa=True).transpose(1, 2)
+    alive = layer.owner >= 0
+    assert found.shape == expected.shape and found.dtype == dtype
+    torch.testing.assert_close(found[alive].float(), expected[alive], rtol=0, atol=tolerance)
+
+
+def test_a_prompt_is_held_once_for_all_of_its_completions():
+    policy = copy.deepcopy(toy_policy("qwen3"))
+    sample(policy, prompts=[[1] * 40, [2] * 30], num_samples=8, tokens=4)
+    layer = policy.slots.cache.layers[0]
+    assert layer.prompt_keys.shape[0] == 2 and layer.prompt_keys.shape[2] >= 40 and layer.keys.shape[0] == 16 and layer.keys.shape[2] == 4
+
+
+def test_gaps_are_filled_from_the_end():
+    used = torch.tensor([True, False, True, False, False, True, True])
+    rows = torch.arange(7) * 10
+    left, now_at = spiral.fill_gaps(used, [rows])
+    assert left == 4 and sorted(rows[:left].tolist()) == [0, 20, 50, 60]
+    assert all(rows[now_at[i]] == 10 * i for i in used.nonzero()[:, 0].tolist())
+
+
 class NothingFromTheHost(TorchDispatchMode):
     """Fails on what a CUDA graph can't hold: values read by Python, shapes that depend on values, tensors made from Python's numbers."""
 

@@ -17,7 +17,7 @@ ways to get them, gathering from the logits it kept (output_logits) or one padde
 "bare" is generate alone. Ours stops by itself (with random weights by a bias on the logit of EOS: lengths are geometric), and
 generate is made to stop each row at the length that ours sampled, so both return as many tokens.
 
-"bandwidth": the bytes that decoding must read (the weights once a step, each row's keys and values) per second, as a fraction of a
+"bandwidth": the bytes that decoding must read (the weights once a step, each row's keys and values, a prompt's once for all) per second, as a fraction of a
 measured copy. "flops": those that must be done, as a fraction of a measured matmul. On the CPU the tiny weights stay in the cache and
 decoding is bound by the overhead of small operations, then by flops. "padding": the fraction of the tokens in our forwards. "flops
 ratio": of the repeated prompt to the shared one, the most that an update can gain: completions attend to the whole prompt in both.
@@ -139,10 +139,11 @@ def work(model, prompts, lengths):
     c, times = model.config, len(lengths) // len(prompts)
     heads, vocabulary = c.num_hidden_layers * c.head_dim, c.hidden_size * c.vocab_size
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name)
-    read = sum(n * len(prompts[i // times]) + n * (n - 1) // 2 for i, n in enumerate(lengths))          # keys that completions attend to
+    own = sum(n * (n - 1) // 2 for n in lengths)                                                        # keys that completions attend to
+    shared = sum(len(prompt) * max(lengths[u * times:(u + 1) * times]) for u, prompt in enumerate(prompts))      # read at once for all of a prompt
     flops = (2 * matrices * (sum(map(len, prompts)) + sum(lengths)) + 2 * vocabulary * sum(lengths)
-             + 4 * heads * c.num_attention_heads * (read + sum(len(prompt) ** 2 // 2 for prompt in prompts)))
-    return (max(lengths) * (matrices + vocabulary) + 2 * read * heads * c.num_key_value_heads) * model.dtype.itemsize, flops
+             + 4 * heads * c.num_attention_heads * (own + sum(n * len(prompts[i // times]) for i, n in enumerate(lengths)) + sum(len(prompt) ** 2 // 2 for prompt in prompts)))
+    return (max(lengths) * (matrices + vocabulary) + 2 * (own + shared) * heads * c.num_key_value_heads) * model.dtype.itemsize, flops
 
 
 # ---- Sampling ----

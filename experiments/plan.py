@@ -12,8 +12,9 @@ The formula, for one process (P parameters, of which T are trained; b bytes a we
                        (counted on Qwen3; a test compares); with --gradient-checkpointing b d a layer, and one layer whole
     logits             a chunk of 2^24, three times, in fp32
     start policy       b P once more, with --kl
-    cache              2 b kv layers x (prompt + completion) a row. It takes half of the memory that the weights leave free, at most,
-                       and keeps it; a rollout that doesn't fit goes in turns
+    cache              2 b kv layers x (completion of a row, and prompt, once for all of its completions), for search or for aggregation,
+                       whichever is more. It takes half of the memory that the weights leave free, at most, and keeps it; a rollout that
+                       doesn't fit goes in turns
 """
 
 import os
@@ -49,10 +50,12 @@ def memory_plan(config):
     layer = size * (5 * q + 5 * kv + 4 * (getattr(text, "intermediate_size", None) or 4 * d)) + (8 + 4 * size) * d        # a token
     kept = layer + layers * size * d if config.gradient_checkpointing else layers * layer
     longest = config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)
-    rows = config.problems * max(config.num_traces, config.num_sets * config.num_aggregations)
+    traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)
+    search = config.max_prompt_tokens + traces * config.max_trace_tokens                 # of a problem, if its prompt is as long as it may be
+    aggregation = config.num_sets * (config.max_prompt_tokens + config.num_aggregations * config.max_aggregation_tokens) * (config.algo != "grpo")
     return {"parameters": parameters, "trained": trained, "weights": size * (held + (mine if config.lora_rank else 0)),
             "start policy": size * parameters * (config.kl > 0), "gradients and AdamW": mine * (12 if size == 4 else 18), "update": kept * max(longest, config.micro_batch_tokens),
-            "logits": 12 * 2 ** 24, "cache of a whole rollout": 2 * size * kv * layers * longest * rows}
+            "logits": 12 * 2 ** 24, "cache of a whole rollout": 2 * size * kv * layers * config.problems * max(search, aggregation)}
 
 
 def show(config):
