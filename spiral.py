@@ -305,9 +305,9 @@ def shared_prefix_attention(module, query, layer, _, allowed, scaling=None, **kw
         return a.float() @ b.float().mT
     query = query.reshape(rows, kv, -1, width) * (width ** -0.5 if scaling is None else scaling)                         # [B, kv, G, D]
     together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)                          # [U, kv, R * G, L + T]
-    if id(allowed) not in layer.hidden:                      # the same in all layers of a kind
-        layer.hidden[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
-    weights = together.masked_fill_(layer.hidden[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
+    if id(allowed) not in layer.masks:                       # the same in all layers of a kind
+        layer.masks[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
+    weights = together.masked_fill_(layer.masks[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
     mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values                     # [B, kv, G, D]
     return mixed.reshape(rows, 1, heads, width), None
 
@@ -358,9 +358,9 @@ def draw_tokens(logits, uniforms, greedy):
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
-def bucket(n):
-    """n rounded up to one of at most eight sizes an octave: few shapes, little waste."""
-    step = max(1, (1 << (n - 1).bit_length()) // 8)
+def bucket(n, sizes=4):
+    """n rounded up to one of `sizes` an octave: few shapes, little waste."""
+    step = max(1, (1 << (n - 1).bit_length()) // (2 * sizes))
     return -(-n // step) * step
 
 def capture(function, pool):
@@ -382,12 +382,15 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
     share = min(1.0, 2 / num_samples)                        # prompts to a slot: twice what it takes as long as all their completions go on
-    count = min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))
-    room, places = len(waiting) if count == total else math.ceil(share * count) + 1, min(count, max(len(rows) for _, rows in waiting))
-    slots, alive, held = policy.slots, 0, 0                  # slots 0..alive-1 and prompts 0..held-1 are in use
-    if not slots or slots.dtype != model.dtype or any(has < n for has, n in zip(slots.sizes, (room, longest, count, max_new_tokens, total))):
-        slots = policy.slots = None                          # too small
-        slots = policy.slots = Slots(policy, room, longest, count, max_new_tokens, total)
+    room = lambda count: min(len(waiting), math.ceil(share * count) + 1)                 # noqa: E731
+    most = lambda: min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))       # noqa: E731
+    slots = policy.slots
+    if not slots or slots.dtype != model.dtype or any(
+            has < n for has, n in zip(slots.sizes, (room(min(most(), slots.sizes[2])), longest, most(), max_new_tokens, total))):
+        slots = policy.slots = None                          # too small: its memory is free for the next
+        slots = policy.slots = Slots(policy, room(most()), longest, most(), max_new_tokens, total)
+    room, count, alive, held = slots.sizes[0], min(total, max_rows or total, slots.sizes[2]), 0, 0       # in use: slots 0..alive-1, prompts 0..held-1
+    places = min(count, max(len(rows) for _, rows in waiting))
     slots.owner[:], slots.place[:], slots.row[:], slots.done[:] = -1, 0, -1, True        # a slot without completion works for the trash
     slots.tokens[:], slots.logprobs[:], slots.uniforms[:total, :max_new_tokens] = policy.tokenizer.eos_id, 0, torch.cat([
         torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
@@ -404,9 +407,9 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     def decode(count, prompts, before, own):
         """One token for each of the first `count` slots, which attend to `before` columns of their prompt and `own` of theirs."""
         owner, place, column = slots.owner[:count], slots.place[:count], slots.step[:count] - 1
-        rows, hidden = torch.arange(count, device=device), {}
+        rows, masks = torch.arange(count, device=device), {}
         for layer in slots.cache.layers:
-            layer.rows, layer.owner, layer.place, layer.column, layer.hidden = rows, owner, place, column, hidden
+            layer.rows, layer.owner, layer.place, layer.column, layer.masks = rows, owner, place, column, masks
             layer.sizes = prompts, places, before, own
         plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
         try:
@@ -435,12 +438,12 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = held + owner, place, row, 0, False
             emit(head(model, hidden[torch.arange(len(batch), device=device), length - 1], temperature or 1.0)[owner], new)
             alive, held = count - free, held + len(batch)
-        # Decode: one token for every row; on the GPU eight, for a look at which rows are done waits for it
+        # Decode: one token for every row; on a GPU eight, for a look at which rows are done waits for it
         own, before = int(slots.step[:alive].max()), int(slots.length[:held].max())
-        for i in range(1 if device.type == "cpu" else 8):
+        for i in range(8 if policy.graphs or device.type == "cuda" else 1):
             shape = alive, held, before, min(own + i, max_new_tokens)
             if policy.graphs:                                # of few shapes
-                shape = tuple(map(min, (bucket(alive), 1 << (held - 1).bit_length(), longest, bucket(own + i)), (slots.sizes[j] for j in (2, 0, 1, 3))))
+                shape = tuple(map(min, (bucket(alive), bucket(held, 2), longest, bucket(own + i)), (slots.sizes[j] for j in (2, 0, 1, 3))))
             key, step = (*shape, places, max_new_tokens, temperature), functools.partial(decode, *shape)
             slots.graphs.get(key, step)()                    # the first time plainly, which warms up for the capture
             if policy.graphs and key not in slots.graphs:
@@ -452,11 +455,11 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         # Stop: when a tenth has finished, the last ones move into their slots, and into the place of prompts that no slot needs
         layers, left = slots.cache.layers, int((~slots.done[:alive]).sum())
         if left <= 0.9 * alive:
-            columns = [tensor[:, :, :own] for layer in layers for tensor in (layer.keys, layer.values)]
+            columns = [tensor[:, :, :shape[3]] for layer in layers for tensor in (layer.keys, layer.values)]
             fill_gaps(~slots.done[:alive], [*slots.states, *columns])
             slots.done[:left], slots.done[left:], slots.owner[left:], slots.place[left:], slots.row[left:] = False, True, -1, 0, -1
             used = torch.zeros(held, dtype=torch.bool, device=device).index_fill_(0, slots.owner[:left], True)
-            columns = [tensor[:, :, :before] for layer in layers for tensor in (layer.prompt_keys, layer.prompt_values)]
+            columns = [tensor[:, :, :shape[2]] for layer in layers for tensor in (layer.prompt_keys, layer.prompt_values)]
             (held, now_at), alive = fill_gaps(used, [slots.length, *columns]), left
             slots.owner[:left] = now_at[slots.owner[:left]]
     tokens, logprobs = slots.tokens[:total, :max_new_tokens], slots.logprobs[:total, :max_new_tokens]

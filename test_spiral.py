@@ -291,7 +291,7 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
     heads, kv, width, before, own, places = 4, 2, 8, 7, 5, 3
     layer = spiral.SlotLayer(*(torch.randn(n, kv, length, width, dtype=dtype) for n, length in ((4, before + 2), (9, own + 1)) for _ in range(2)))
     layer.owner, layer.place = torch.tensor([2, 0, 1, 2, -1, 0, 0, -1]), torch.tensor([1, 0, 2, 0, 0, 2, 1, 0])
-    rows, layer.sizes, layer.hidden = len(layer.owner), (3, places, before, own), {}
+    rows, layer.sizes, layer.masks = len(layer.owner), (3, places, before, own), {}
     query, allowed = torch.randn(rows, heads, 1, width, dtype=dtype), torch.rand(rows, 1, 1, before + own) < 0.7
     allowed[..., -1] = True
     found, _ = spiral.shared_prefix_attention(None, query, layer, layer, allowed)
