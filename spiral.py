@@ -15,8 +15,7 @@ Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a 
 config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
 """
 
-import argparse, contextlib, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
-from collections import Counter
+import argparse, collections, contextlib, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer, GenerationConfig
 from transformers import GradientCheckpointingLayer, logging as transformers_logging
 
@@ -198,8 +196,12 @@ def load_policy(config):
     for name, parameter in model.named_parameters():        # fresh memory: views into a file may be aligned otherwise, and then
         parameter.data = parameter.data.clone()             # a resumed run rounds otherwise
         parameter.requires_grad = "lora_" in name if config.lora_rank else parameter.requires_grad
-    if config.shard:
-        shard(model, device)
+    if config.shard:                                         # FSDP2: each process keeps a slice of every layer, and gathers the rest of it
+        mesh, model.sharded = dist.init_device_mesh(device.type, (world()[1],)), True      # while it runs. Embedding and head stay whole
+        for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+            layer.set_gradient_divide_factor(1.0)            # gradients are added up, not averaged
+            layer.set_force_sum_reduction_for_comms(True)
     probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
     with torch.no_grad():
         if not torch.allclose(head(model, hidden_states(model, probe), 1.0), model(probe).logits.float(), rtol=1e-3, atol=1e-3):
@@ -243,14 +245,6 @@ def head(model, hidden, temperature):
 def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
-
-def shard(model, device):
-    """FSDP2: each process keeps a slice of every layer, and gathers the rest of a layer while it runs. Embedding and head stay whole."""
-    mesh, model.sharded = dist.init_device_mesh(device.type, (world()[1],)), True
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-        layer.set_gradient_divide_factor(1.0)                # gradients are added up, not averaged
-        layer.set_force_sum_reduction_for_comms(True)
 
 def keep_step(model):
     """Gathering a layer takes all processes: those with fewer passes to make add passes over one token. -> their sum, times 0, for backward."""
@@ -540,7 +534,7 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
         logprobs = head(model, hidden, temperature).log_softmax(-1)                    # [chunk, V]
         return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).detach().sum(-1)
     size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
-    run = functools.partial(recompute, chunk_logprobs, use_reentrant=False) if len(targets) > size else chunk_logprobs
+    run = functools.partial(torch.utils.checkpoint.checkpoint, chunk_logprobs, use_reentrant=False) if len(targets) > size else chunk_logprobs
     return tuple(map(torch.cat, zip(*map(run, hidden.split(size), targets.split(size)))))
 
 def length_buckets(items, length, size=lambda item: 0, budget=math.inf):
@@ -777,19 +771,18 @@ def pass_at_k(num_samples, num_correct, k):
 
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
-    votes = Counter(answer for answer in answers if answer is not None)
+    votes = collections.Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
 def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random. population:
     [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step, [steps + 1][P][population]."""
     history = [population or search(policy, task, problems, config, config.population, generator)[2]]
-    size = len(history[0][0])
-    owners = [problem for problem in problems for _ in range(size)]
+    owners = [problem for problem, texts in zip(problems, history[0]) for _ in texts]
     for _ in range(steps):
-        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size]] for texts in history[-1] for _ in range(size)]
-        flat = [texts[0] for texts in aggregate(policy, task, owners, sets, config, 1, generator)[2]]
-        history.append([flat[i:i + size] for i in range(0, len(flat), size)])
+        sets = [[texts[j] for j in torch.randperm(len(texts), generator=generator)[:config.set_size]] for texts in history[-1] for _ in texts]
+        answers = iter(aggregate(policy, task, owners, sets, config, 1, generator)[2])                    # in lists of one
+        history.append([[next(answers)[0] for _ in texts] for texts in history[-1]])
     return history
 
 def solve(policy, task, problem, config, generator=None, show=print):
@@ -797,7 +790,7 @@ def solve(policy, task, problem, config, generator=None, show=print):
     texts = None
     for step in range(config.rsa_steps + 1):                 # step 0: fresh traces
         texts = recursive_self_aggregation(policy, task, [problem], config, texts, min(step, 1), generator)[-1]
-        votes = Counter(task.answer(text) or "no answer" for text in texts[0])
+        votes = collections.Counter(task.answer(text) or "no answer" for text in texts[0])
         show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
     return majority_vote(map(task.answer, texts[0]))
 
@@ -869,13 +862,12 @@ def load_optimizer(optimizer, folder):
     for name, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
         index, key = name.split(".")
         master = optimizer.param_groups[0]["params"][int(index)]
-        value = value.to(master.device) if value.ndim else value                       # AdamW's count of steps stays on the CPU
         if isinstance(master, DTensor) and value.ndim:
-            value = distribute_tensor(value, master.device_mesh, master.placements)
+            value = distribute_tensor(value.to(master.device), master.device_mesh, master.placements)
         if key == "master":
             master.data.copy_(value)
         else:
-            optimizer.state[master][key] = value
+            optimizer.state[master][key] = value.to(master.device) if value.ndim else value      # AdamW's count of steps stays on the CPU
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 def diagnosis(stats, config, dtype=torch.float32):
