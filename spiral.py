@@ -15,7 +15,7 @@ Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a 
 config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
 """
 
-import argparse, collections, contextlib, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
+import argparse, collections, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -151,9 +151,10 @@ class HubTokenizer:
     """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
     def __init__(self, path, settings):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        listed = settings.eos_token_id
-        with contextlib.suppress(OSError):                   # no generation_config.json
+        try:
             listed = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:                                      # no generation_config.json
+            listed = settings.eos_token_id
         self.eos_ids = sorted({self.hf.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None})
         if not self.eos_ids:
             raise ValueError(f"{path} names no end-of-sequence token")
@@ -926,8 +927,8 @@ def train(task, config, out):
         results = [update(policy, optimizer, groups, max(1, found), config, start_model) for _ in range(config.updates)]
         stats = {"step": step, **statistics(task, records, useful, config), **results[0], "skipped": sum(r["skipped"] for r in results)}
         stop = bool(add_up(torch.tensor(len(interrupted))))
-        state |= {"step": step, "cursor": cursor, "recent": state["recent"] + [stats["answer_reward"]],
-                  "bad": state["bad"] + 1 if stats["skipped"] else 0}         # steps in a row
+        bad = state["bad"] + 1 if stats["skipped"] else 0                     # steps in a row
+        state |= {"step": step, "cursor": cursor, "bad": bad, "recent": state["recent"] + [stats["answer_reward"]]}
         if rank == 0:
             with metrics.open("a") as file:
                 file.write(json.dumps(stats) + "\n")
@@ -936,7 +937,7 @@ def train(task, config, out):
               f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", *diagnosis(stats, config, policy.model.dtype), sep="\n  note: ", flush=True)
         if records and config.transcript_every and (step == 1 or step % config.transcript_every == 0):
             print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
-        if state["bad"] < 5 and (step % config.save_every == 0 or step == config.steps or stop):
+        if bad < 5 and (step % config.save_every == 0 or step == config.steps or stop):
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
             state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
             save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
