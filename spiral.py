@@ -1002,7 +1002,8 @@ def main(arguments=None):
         if world()[0]:
             sys.stdout = open(os.devnull, "w")                           # one process speaks for all
         if config.dry_run:
-            from experiments import plan
+            sys.path.insert(0, str(TINY.parent))
+            import plan
             return plan.show(config)
         task = tasks.make_task(config.task, config.data)
         out = Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
