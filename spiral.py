@@ -15,8 +15,7 @@ Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a 
 config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
 """
 
-import argparse, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
-from collections import Counter
+import argparse, collections, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,10 +27,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging as transformers_logging
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer, GenerationConfig
+from transformers import GradientCheckpointingLayer, logging as transformers_logging
 
 import tasks
 
@@ -193,17 +190,19 @@ def load_policy(config):
                                                  use_safetensors=True, trust_remote_code=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora_rank:
+    if config.lora_rank and not getattr(model, "peft_config", None):         # a checkpoint of a LoRA run brings its own
         from peft import LoraConfig
-        if not getattr(model, "peft_config", None):          # a checkpoint of a LoRA run brings its own
-            torch.manual_seed(config.seed)                   # the same adapters in every process
-            model.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = "lora_" in name
-    for parameter in model.parameters():                    # fresh memory: views into a file may be aligned otherwise, and then
+        torch.manual_seed(config.seed)                       # the same adapters in every process
+        model.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():        # fresh memory: views into a file may be aligned otherwise, and then
         parameter.data = parameter.data.clone()             # a resumed run rounds otherwise
-    if config.shard:
-        shard(model, device)
+        parameter.requires_grad = "lora_" in name if config.lora_rank else parameter.requires_grad
+    if config.shard:                                         # FSDP2: each process keeps a slice of every layer, and gathers the rest of it
+        mesh, model.sharded = dist.init_device_mesh(device.type, (world()[1],)), True      # while it runs. Embedding and head stay whole
+        for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+            layer.set_gradient_divide_factor(1.0)            # gradients are added up, not averaged
+            layer.set_force_sum_reduction_for_comms(True)
     probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
     with torch.no_grad():
         if not torch.allclose(head(model, hidden_states(model, probe), 1.0), model(probe).logits.float(), rtol=1e-3, atol=1e-3):
@@ -216,8 +215,7 @@ def check_fit(config, task, problems):
     longest = max((task.prompt(problem) for problem in problems), key=lambda prompt: len(tokenizer.chat(prompt)))
     aggregation_prompt(tokenizer, longest, ["0" * 100] * config.set_size, config.max_prompt_tokens)
     limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
-    needed = config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)
-    if needed > limit:
+    if (needed := config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)) > limit:
         raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
 def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, own=0):
@@ -249,17 +247,8 @@ def pad(rows, value, device):
     """Lists of integers -> [B, longest] int64, padded on the right."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
 
-def shard(model, device):
-    """FSDP2: each process keeps a slice of every layer, and gathers the rest of a layer while it runs. Embedding and head stay whole."""
-    mesh, model.sharded = dist.init_device_mesh(device.type, (world()[1],)), True
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-        layer.set_gradient_divide_factor(1.0)                # gradients are added up, not averaged
-        layer.set_force_sum_reduction_for_comms(True)
-
 def keep_step(model):
-    """Gathering a layer takes all processes, which have passes of their own to make, some more than others: one that is done makes
-    passes over a single token until all are. Returns their sum, of no weight, for the backward pass that goes with them."""
+    """Gathering a layer takes all processes: those with fewer passes to make add passes over one token. -> their sum, times 0, for backward."""
     nothing = 0.0
     while getattr(model, "sharded", False) and add_up(torch.zeros(1)).item():            # someone is in hidden_states
         token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -476,15 +465,14 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
         raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces: "
                          "change --num-sets, --set-size or --num-traces" + ", or say --no-balanced" * balanced)
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
-    block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, {}
+    block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, []
     for _ in range(10_000 * num_sets):
         shuffled = torch.cat([torch.randperm(num_traces, generator=generator) for _ in range(math.ceil(block_size / num_traces))])
-        block = shuffled[:block_size].view(-1, set_size).tolist()
-        new = {frozenset(s): s for s in block}
-        fits = len(new) == len(block) and all(len(s) == set_size for s in new) and not new.keys() & sets.keys()
-        sets = sets | new if fits else {} if balanced and torch.rand((), generator=generator) < 0.05 else sets    # out of dead ends
+        more = sets + shuffled[:block_size].view(-1, set_size).tolist()
+        fits = len({frozenset(s) for s in more if len(set(s)) == set_size}) == len(more)
+        sets = more if fits else [] if balanced and torch.rand((), generator=generator) < 0.05 else sets         # out of dead ends
         if len(sets) == num_sets:
-            return torch.tensor(list(sets.values()))
+            return torch.tensor(sets)
     raise ValueError(f"found no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
 
 def neutralise(text, markers):
@@ -552,10 +540,8 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
         logprobs = head(model, hidden, temperature).log_softmax(-1)                    # [chunk, V]
         return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).detach().sum(-1)
     size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
-    if len(targets) <= size:
-        return chunk_logprobs(hidden, targets)
-    chunks = [recompute(chunk_logprobs, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
-    return tuple(map(torch.cat, zip(*chunks)))
+    run = functools.partial(torch.utils.checkpoint.checkpoint, chunk_logprobs, use_reentrant=False) if len(targets) > size else chunk_logprobs
+    return tuple(map(torch.cat, zip(*map(run, hidden.split(size), targets.split(size)))))
 
 def length_buckets(items, length, size=lambda item: 0, budget=math.inf):
     """Items in lists, the shortest first: in each of like `length`, for little padding, and of at most `budget` in `size` together."""
@@ -603,8 +589,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 def micro_batches(groups, budget, share_prefix=True):
     """Groups of like prompts together, at most `budget` tokens each, stacked; a larger group is split, down to one completion.
     Yields prompts (lists), owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
-    def size(group):
-        return len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())
+    size = lambda group: len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())      # noqa: E731
     def split(group):
         half = len(group.advantages) // 2
         return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
@@ -644,17 +629,14 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
                 logprobs, entropies = completion_logprobs(model, *inputs)
                 loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
                 if config.kl:                                 # unbiased, non-negative estimate of KL(policy || start)
-                    with torch.no_grad():
-                        start_logprobs = completion_logprobs(start_model, *inputs)[0]
-                    log_ratio = start_logprobs - logprobs
+                    log_ratio = torch.no_grad()(completion_logprobs)(start_model, *inputs)[0] - logprobs
                     loss = loss + config.kl * ((log_ratio.exp() - log_ratio - 1) * mask).sum() * num_problems / completions
                 (loss / num_problems + keep_step(model)).backward()
                 for parameter, master in zip(trained(model), masters):
                     if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
                         master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
                         parameter.grad = None
-                parts = loss / num_problems, mask.sum(), (logprobs - old_logprobs).abs().sum(), entropies.sum()
-                sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
+                sums += torch.stack([loss / num_problems, mask.sum(), (logprobs - old_logprobs).abs().sum(), entropies.sum()]).detach().cpu()
             break
         except torch.OutOfMemoryError:
             if config.micro_batch_tokens < 128 or config.shard:
@@ -708,13 +690,15 @@ def rewards_of(task, problems, texts, device=None):
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems, each with its own generator -> P records: dicts with `groups` for the update and the rest for people."""
     num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
+    per_problem = lambda items: [items[i:i + config.num_sets] for i in range(0, len(items), config.num_sets)]            # noqa: E731
     def groups_of(prompts, samples, advantages):
         size, lengths = advantages.shape[1], samples.mask.sum(-1).view(advantages.shape)                   # [prompts, G]
         advantages = torch.where((lengths > (config.target_length or math.inf)) & (advantages > 0), 0.0, advantages)      # L_target
         return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
     prompts, samples, traces = search(policy, task, problems, config, num_traces, generators)
     trace_rewards = rewards_of(task, problems, traces, policy.device)                     # [P, N1]; spiral only reports them
-    credit = grpo_advantages(trace_rewards)                                               # [P, N1]
+    credit, set_groups = grpo_advantages(trace_rewards), [[]] * len(problems)             # [P, N1]; a list of groups for each problem
+    columns = {"problem": problems, "traces": traces, "trace_rewards": trace_rewards}
     if config.algo != "grpo":
         sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, g, config.balanced) for g in generators])       # [P, K, n]
         owners, their = ([x for x in row for _ in range(config.num_sets)] for row in (problems, generators))                      # [P * K]
@@ -724,13 +708,10 @@ def rollout(policy, task, problems, config, generators):
         if config.algo == "spiral":
             credit = search_advantages(rewards, sets.to(policy.device), num_traces, config.balanced, config.estimator)
         credit = config.search_weight * credit
-        set_groups = groups_of(set_prompts, set_samples, aggregation_advantages(rewards, config.estimator).flatten(0, 1))
-    records = [{"problem": problem, "traces": texts, "trace_rewards": r, "groups": [group]}
-               for problem, texts, r, group in zip(problems, traces, trace_rewards, groups_of(prompts, samples, credit))]
-    for p, record in enumerate(records if config.algo != "grpo" else ()):
-        mine = slice(p * config.num_sets, (p + 1) * config.num_sets)
-        record |= {"sets": sets[p], "aggregations": texts[mine], "rewards": rewards[p], "groups": record["groups"] + set_groups[mine]}
-    return records
+        set_groups = per_problem(groups_of(set_prompts, set_samples, aggregation_advantages(rewards, config.estimator).flatten(0, 1)))
+        columns |= {"sets": sets, "aggregations": per_problem(texts), "rewards": rewards}
+    columns["groups"] = [[group, *theirs] for group, theirs in zip(groups_of(prompts, samples, credit), set_groups)]
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 def problem_at(problems, seed, i):
     """The i-th problem of an endless stream, shuffled anew each time through."""
@@ -796,19 +777,18 @@ def pass_at_k(num_samples, num_correct, k):
 
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
-    votes = Counter(answer for answer in answers if answer is not None)
+    votes = collections.Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
 def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random. population:
     [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step, [steps + 1][P][population]."""
     history = [population or search(policy, task, problems, config, config.population, generator)[2]]
-    size = len(history[0][0])
-    owners = [problem for problem in problems for _ in range(size)]
+    owners = [problem for problem, texts in zip(problems, history[0]) for _ in texts]
     for _ in range(steps):
-        sets = [[texts[j] for j in torch.randperm(size, generator=generator)[:config.set_size]] for texts in history[-1] for _ in range(size)]
-        flat = [texts[0] for texts in aggregate(policy, task, owners, sets, config, 1, generator)[2]]
-        history.append([flat[i:i + size] for i in range(0, len(flat), size)])
+        sets = [[texts[j] for j in torch.randperm(len(texts), generator=generator)[:config.set_size]] for texts in history[-1] for _ in texts]
+        answers = iter(aggregate(policy, task, owners, sets, config, 1, generator)[2])                    # in lists of one
+        history.append([[next(answers)[0] for _ in texts] for texts in history[-1]])
     return history
 
 def solve(policy, task, problem, config, generator=None, show=print):
@@ -816,7 +796,7 @@ def solve(policy, task, problem, config, generator=None, show=print):
     texts = None
     for step in range(config.rsa_steps + 1):                 # step 0: fresh traces
         texts = recursive_self_aggregation(policy, task, [problem], config, texts, min(step, 1), generator)[-1]
-        votes = Counter(task.answer(text) or "no answer" for text in texts[0])
+        votes = collections.Counter(task.answer(text) or "no answer" for text in texts[0])
         show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
     return majority_vote(map(task.answer, texts[0]))
 
@@ -885,16 +865,15 @@ def newest_checkpoint(out):
     return None, None
 
 def load_optimizer(optimizer, folder):
-    saved, masters = {}, optimizer.param_groups[0]["params"]
     for name, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
-        index, key = int(name.split(".")[0]), name.split(".")[1]
-        if isinstance(master := masters[index], DTensor) and value.ndim:
+        index, key = name.split(".")
+        master = optimizer.param_groups[0]["params"][int(index)]
+        if isinstance(master, DTensor) and value.ndim:
             value = distribute_tensor(value.to(master.device), master.device_mesh, master.placements)
         if key == "master":
             master.data.copy_(value)
         else:
-            saved.setdefault(index, {})[key] = value
-    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.state[master][key] = value.to(master.device) if value.ndim else value      # AdamW's count of steps stays on the CPU
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 def diagnosis(stats, config, dtype=torch.float32):
@@ -960,18 +939,15 @@ def train(task, config, out):
                 file.write(json.dumps(stats) + "\n")
         print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  "
               f"gradient {stats['grad_norm']:.2f}  entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  "
-              f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", flush=True)
-        for line in diagnosis(stats, config, policy.model.dtype):
-            print(f"  note: {line}", flush=True)
+              f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", *diagnosis(stats, config, policy.model.dtype), sep="\n  note: ", flush=True)
         if records and config.transcript_every and (step == 1 or step % config.transcript_every == 0):
             print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
         if bad < 5 and (step % config.save_every == 0 or step == config.steps or stop):
             score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
             state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
             save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
-            for old in checkpoints(out)[2:] if rank == 0 else ():
-                if old.name != f"step-{state['best'][0]}":
-                    shutil.rmtree(old)
+            for old in {*checkpoints(out)[2:]} - {out / f"step-{state['best'][0]}"} if rank == 0 else ():
+                shutil.rmtree(old)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if state["bad"] == 5:
@@ -997,9 +973,8 @@ def report(policy, task, config, out):
             file.write(json.dumps({"policy": name, "step": config.steps * (name == "after"), "split": config.eval_split, **columns[name]}) + "\n")
         (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
-    for key, value in columns[name].items():
-        before = columns.get("before", {}).get(key)
-        print(f"{key:<18}" + (f"{before:10.3f}{value:10.3f}{value - before:+10.3f}" if config.steps else f"{value:10.3f}"))
+    for key, *values in zip(columns[name], *(column.values() for column in columns.values())):
+        print(f"{key:<18}" + "".join(f"{value:10.3f}" for value in values) + (f"{values[1] - values[0]:+10.3f}" if config.steps else ""))
     return 0
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
