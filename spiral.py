@@ -11,30 +11,23 @@ writes N2 final answers z_km that read them. Only these are rewarded (r_km, by t
     python spiral.py --algo grpo                       # the baseline, at the same budget of sampled tokens
     python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0      # evaluate a saved policy
 
-Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a critic. Read from top to bottom:
-config, policy, sampler, sets and prompts, advantages, loss and update, rollout, evaluation, checkpoints, training.
+Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a critic. Read from top to bottom.
 """
 
 import argparse, collections, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
-import safetensors.torch
-import tiktoken
-import torch
-import torch.distributed as dist
+import numpy as np, safetensors.torch, tiktoken, torch, torch.distributed as dist  # noqa: E401
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers import GradientCheckpointingLayer, logging as transformers_logging
-
 import tasks
 
 # ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
-def option(default, text, choices=None, low=None):
-    """`low`: the least value allowed; without it it must be above 0."""
+def option(default, text, choices=None, low=None):          # low: the least value allowed; without it it must be above 0
     return field(default=default, metadata={"help": text, "choices": choices, "low": low})
 
 @dataclass
@@ -115,9 +108,7 @@ def pick_device(name):
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
 
-def world():
-    """(rank, number of processes): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)       # (rank, processes) of torchrun
 
 def add_up(tensor):
     """The sum over the processes of torchrun, in place."""
@@ -143,8 +134,7 @@ class TinyTokenizer:
         self.size, self.eos_id, self.eos_ids = self.encoding.n_vocab, special["<end>"], [special["<end>"]]
     def encode(self, text): return self.encoding.encode_ordinary(text)
     def decode(self, tokens): return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
-    def chat(self, text):
-        """A prompt's tokens; markers in `text` become role markers (see `neutralise`)."""
+    def chat(self, text):                                    # markers in `text` become role markers, see `neutralise`
         return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
 
 class HubTokenizer:
@@ -205,8 +195,12 @@ def load_policy(config):
             layer.set_force_sum_reduction_for_comms(True)
     probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
     with torch.no_grad():
-        if not torch.allclose(head(model, hidden_states(model, probe), 1.0), model(probe).logits.float(), rtol=1e-3, atol=1e-3):
+        logits = head(model, hidden_states(model, probe, cache := DynamicCache()), 1.0)
+        if not torch.allclose(logits, model(probe).logits.float(), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
+    layers, heads, width = cache_shape(model)
+    if [(*layer.keys.shape, *layer.values.shape) for layer in cache.layers] != [(1, heads, 2, width) * 2] * layers:
+        raise ValueError(f"{path}: this architecture's cache isn't the keys and values that sample() holds")
     return Policy(model, tokenizer, device, graphs=device.type == "cuda" and not config.shard)
 
 def check_fit(config, task, problems):
@@ -219,10 +213,9 @@ def check_fit(config, task, problems):
         raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
 def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, own=0):
-    """Last hidden states [B, T, d]: the model without its vocabulary head. Behind a filled `cache`, whose keys are `before` columns of prompts
-    of `lengths` [B, 1], and then `own` columns: tokens [B, T] that start in `column` of these. A token attends to its prompt, to the own
-    columns up to itself, and to nothing before its sliding window."""
-    settings, inputs = model.config.get_text_config(), {}
+    """Last hidden states [B, T, d]: the model without its vocabulary head. With `lengths` [B, 1] of prompts: behind `before` columns of these, and
+    `own` more, of which `column` is the first token's. A token attends to its prompt and the own columns up to itself, within its sliding window."""
+    settings, positions, mask = model.config.get_text_config(), None, None
     if getattr(model, "sharded", False):
         add_up(torch.ones(1))                                # see keep_step
     if lengths is not None:                                  # load_policy asks for SDPA: eager misreads masks of True = attend
@@ -234,8 +227,7 @@ def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, o
         near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
         by_kind = {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}                  # [B, 1, T, S] each
         mask = by_kind if "sliding_attention" in kinds else by_kind["full_attention" if kinds else "sliding_attention"]
-        inputs = {"position_ids": positions, "attention_mask": mask}
-    return model.base_model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **inputs).last_hidden_state
+    return model.base_model(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 def head(model, hidden, temperature):
     """Logits at `temperature`, fp32 [..., V]."""
@@ -264,52 +256,41 @@ class Samples:
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
     def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
-class SlotLayer(DynamicLayer):
-    """One layer's keys and values: of each prompt [prompts, heads, L, D], held once for all its completions, and of the completion in each slot
-    [slots, heads, T, D]. A decoding step sets the rest first: the `rows`, `owner`, `place` and `column` of each, and how much of the memory is in use."""
-    def __init__(self, prompt_keys, prompt_values, keys, values):
-        super().__init__()
-        self.prompt_keys, self.prompt_values, self.keys, self.values, self.is_initialized = prompt_keys, prompt_values, keys, values, True
-    def update(self, keys, values, *args, **kwargs):
-        self.keys[self.rows, :, self.column] = keys[:, :, 0]
-        self.values[self.rows, :, self.column] = values[:, :, 0]
-        return self, self                                    # the model hands them on to shared_prefix_attention
-
-def shared_prefix_attention(module, query, layer, _, allowed, scaling=None, **kwargs):
-    """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: all completions of a prompt read its keys at once. For that the queries
-    lie in a grid: by prompt (U; one more for rows that are dead), and by place among its completions (R). allowed [B, 1, 1, L + T]."""
-    prompts, places, before, own = layer.sizes               # U, R, L, T
-    (rows, heads), (_, kv, _, width) = query.shape[:2], layer.keys.shape
-    prompt_keys, prompt_values = layer.prompt_keys[:prompts, :, :before], layer.prompt_values[:prompts, :, :before]      # [U, kv, L, D]
-    keys, values = layer.keys[:rows, :, :own], layer.values[:rows, :, :own]                                              # [B, kv, T, D]
+def shared_prefix_attention(slots, owner, place, column, sizes, masks, module, query, key, value, allowed, scaling=None, **kwargs):
+    """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: writes key and value [B, kv, 1, D] into the slots, and reads a prompt's keys
+    once for all of its completions. For that the queries lie in a grid: prompts (U, and one for dead rows) x places among their completions (R)."""
+    (prompts, places, before, own), (rows, heads, _, width), i = sizes, query.shape, module.layer_idx       # U, R, L, T; B, H
+    for memory, new in ((slots.keys, key), (slots.values, value)):
+        memory[i][torch.arange(rows, device=query.device), :, column] = new[:, :, 0]
+    prompt_keys, prompt_values = slots.prompt_keys[i, :prompts, :, :before], slots.prompt_values[i, :prompts, :, :before]      # [U, kv, L, D]
+    keys, values = slots.keys[i, :rows, :, :own], slots.values[i, :rows, :, :own]                           # [B, kv, T, D]
     def spread(x):                                           # [B, kv, G, C] -> [U, kv, R * G, C]
         grid = x.new_zeros(prompts + 1, x.shape[1], places, *x.shape[2:])
-        grid[layer.owner, :, layer.place] = x
+        grid[owner, :, place] = x
         return grid[:-1].flatten(2, 3)
-    def collect(x):                                          # and back
-        return x.unflatten(2, (places, -1))[layer.owner, :, layer.place]
+    def collect(x): return x.unflatten(2, (places, -1))[owner, :, place]                                    # and back
     def scores(a, b):                                        # in fp32: rounded to bf16 they would cost the log-probs two digits
         if a.dtype != torch.float32 and a.is_cuda:
             return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, a.shape[:2])
         return a.float() @ b.float().mT
-    query = query.reshape(rows, kv, -1, width) * (width ** -0.5 if scaling is None else scaling)                         # [B, kv, G, D]
-    together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)                          # [U, kv, R * G, L + T]
-    if id(allowed) not in layer.masks:                       # the same in all layers of a kind
-        layer.masks[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
-    weights = together.masked_fill_(layer.masks[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
-    mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values                     # [B, kv, G, D]
+    query = query.reshape(rows, keys.shape[1], -1, width) * (width ** -0.5 if scaling is None else scaling)    # [B, kv, G, D]
+    together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)             # [U, kv, R * G, L + T]
+    if id(allowed) not in masks:                             # [B, 1, 1, L + T], the same in all layers of a kind
+        masks[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
+    weights = together.masked_fill_(masks[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
+    mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values        # [B, kv, G, D]
     return mixed.reshape(rows, 1, heads, width), None
 
 class Slots:
-    """Memory of decoding. Kept from call to call: fresh memory is slow, and CUDA graphs hold its addresses."""
+    """Memory of decoding: prompts, each once for its completions, and slots. Kept, for fresh memory is slow, and CUDA graphs hold its addresses."""
     def __init__(self, policy, prompts, longest, count, limit, total):
         (layers, heads, width), device = cache_shape(policy.model), policy.device
         memory = lambda *sizes: torch.zeros(sizes, dtype=policy.model.dtype, device=device)                 # noqa: E731
-        self.sizes, self.graphs, self.dtype = (prompts, longest, count, limit, total), {}, policy.model.dtype
+        self.sizes, self.graphs = (prompts, longest, count, limit, total), {}
         self.eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
-        self.cache = Cache(layers=[SlotLayer(*(memory(n, heads, length, width) for n, length in ((prompts, longest), (count, limit)) for _ in range(2)))
-                                   for _ in range(layers)])
+        self.prompt_keys, self.prompt_values = memory(2, layers, prompts, heads, longest, width)
+        self.keys, self.values = memory(2, layers, count, heads, limit, width)
         self.length = torch.zeros(prompts, dtype=torch.long, device=device)              # [prompts]
         # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
         self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
@@ -366,15 +347,14 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     model, device, settings = policy.model, policy.device, policy.model.config.get_text_config()
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt, and a token in each")
-    total, longest, waiting = len(prompts) * num_samples, bucket(max(map(len, prompts))), {}     # waiting: distinct prompt -> its rows
+    total, longest, slots, waiting = len(prompts) * num_samples, bucket(max(map(len, prompts))), policy.slots, {}     # distinct prompt -> its rows
     for i, prompt in enumerate(prompts):
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
     share = min(1.0, 2 / num_samples)                        # prompts to a slot: twice what it takes as long as all their completions go on
     room = lambda count: min(len(waiting), math.ceil(share * count) + 1)                 # noqa: E731
     most = lambda: min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))       # noqa: E731
-    slots = policy.slots
-    if not slots or slots.dtype != model.dtype or any(
+    if not slots or slots.keys.dtype != model.dtype or any(
             has < n for has, n in zip(slots.sizes, (room(min(most(), slots.sizes[2])), longest, most(), max_new_tokens, total))):
         slots = policy.slots = None                          # too small: its memory is free for the next
         slots = policy.slots = Slots(policy, room(most()), longest, most(), max_new_tokens, total)
@@ -384,7 +364,6 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     slots.tokens[:], slots.logprobs[:], slots.uniforms[:total, :max_new_tokens] = policy.tokenizer.eos_id, 0, torch.cat([
         torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
         for g in (generator if isinstance(generator, list) else [generator] * len(prompts))])
-    AttentionInterface.register("shared_prefix", shared_prefix_attention)
     def emit(logits, s):
         """Sample a token for each of the slots `s`, record it, and see whether it was the last."""
         row, step, done = slots.row[s], slots.step[s], slots.done[s]
@@ -396,13 +375,11 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     def decode(count, prompts, before, own):
         """One token for each of the first `count` slots, which attend to `before` columns of their prompt and `own` of theirs."""
         owner, place, column = slots.owner[:count], slots.place[:count], slots.step[:count] - 1
-        rows, masks = torch.arange(count, device=device), {}
-        for layer in slots.cache.layers:
-            layer.rows, layer.owner, layer.place, layer.column, layer.masks = rows, owner, place, column, masks
-            layer.sizes = prompts, places, before, own
+        attention = functools.partial(shared_prefix_attention, slots, owner, place, column, (prompts, places, before, own), {})
+        AttentionInterface.register("shared_prefix", attention)
         plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
         try:
-            hidden = hidden_states(model, slots.token[:count, None], slots.cache, slots.length[owner][:, None], before, column[:, None], own)
+            hidden = hidden_states(model, slots.token[:count, None], None, slots.length[owner][:, None], before, column[:, None], own)    # [B, 1, d]
         finally:
             settings._attn_implementation = plain
         emit(head(model, hidden[:, 0], temperature or 1.0), slice(count))
@@ -420,10 +397,10 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             new, these = slice(alive, count - free), slice(held, held + len(batch))
             padded = pad([prompt for prompt, _ in batch], 0, device)                                     # [U, L]
             hidden = hidden_states(model, padded, prefix := DynamicCache())                              # causal: pads come last
-            for layer, source in zip(slots.cache.layers, prefix.layers):
-                layer.prompt_keys[these, :, :padded.shape[1]], layer.prompt_values[these, :, :padded.shape[1]] = source.keys, source.values
+            for i, layer in enumerate(prefix.layers):
+                slots.prompt_keys[i, these, :, :padded.shape[1]], slots.prompt_values[i, these, :, :padded.shape[1]] = layer.keys, layer.values
             slots.length[these] = length = torch.tensor([len(prompt) for prompt, _ in batch], device=device)             # [U]
-            owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T   # [new] each
+            owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T    # [new]
             slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = held + owner, place, row, 0, False
             emit(head(model, hidden[torch.arange(len(batch), device=device), length - 1], temperature or 1.0)[owner], new)
             alive, held = count - free, held + len(batch)
@@ -442,13 +419,13 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
                     policy.graphs = False
                     print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
         # Stop: when a tenth has finished, the last ones move into their slots, and into the place of prompts that no slot needs
-        layers, left = slots.cache.layers, int((~slots.done[:alive]).sum())
+        left = int((~slots.done[:alive]).sum())
         if left <= 0.9 * alive:
-            columns = [tensor[:, :, :shape[3]] for layer in layers for tensor in (layer.keys, layer.values)]
+            columns = [layer[:, :, :shape[3]] for layer in (*slots.keys, *slots.values)]
             fill_gaps(~slots.done[:alive], [*slots.states, *columns])
             slots.done[:left], slots.done[left:], slots.owner[left:], slots.place[left:], slots.row[left:] = False, True, -1, 0, -1
             used = torch.zeros(held, dtype=torch.bool, device=device).index_fill_(0, slots.owner[:left], True)
-            columns = [tensor[:, :, :shape[2]] for layer in layers for tensor in (layer.prompt_keys, layer.prompt_values)]
+            columns = [layer[:, :, :shape[2]] for layer in (*slots.prompt_keys, *slots.prompt_values)]
             (held, now_at), alive = fill_gaps(used, [slots.length, *columns]), left
             slots.owner[:left] = now_at[slots.owner[:left]]
     tokens, logprobs = slots.tokens[:total, :max_new_tokens], slots.logprobs[:total, :max_new_tokens]
@@ -463,7 +440,7 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError when there are no such sets."""
     if not 1 <= set_size <= num_traces or num_sets > math.comb(num_traces, set_size) or (balanced and num_sets * set_size % num_traces):
         raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces: "
-                         "change --num-sets, --set-size or --num-traces" + ", or say --no-balanced" * balanced)
+                         f"change --num-sets, --set-size or --num-traces{', or say --no-balanced' * balanced}")
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
     block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, []
     for _ in range(10_000 * num_sets):
@@ -598,8 +575,7 @@ def micro_batches(groups, budget, share_prefix=True):
         columns = [pad_sequence([row for group in batch for row in getattr(group.samples, name)], True) for name in ("tokens", "logprobs", "mask")]
         yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
-def trained(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def trained(model): return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 def make_optimizer(model, config):
     """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
@@ -615,8 +591,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     for module in model.modules():                           # the model stays in eval mode: no dropout, as in the sampler
         module.training = config.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
     while True:
-        optimizer.zero_grad(set_to_none=True)
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(), model.zero_grad()
         sums = torch.zeros(4, dtype=torch.float64)           # loss, tokens, difference of the log-probs from the sampler's, entropy
         try:
             batches = [*micro_batches(groups, config.micro_batch_tokens, share_prefix)]
@@ -650,9 +625,8 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         if not isinstance(master, DTensor):                  # FSDP has added up those of the slices
             add_up(master.grad)
     gradients = [master.grad for master in masters if master.grad is not None]
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
-    slice_norm = torch.nn.utils.get_total_norm([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
-    norm = torch.hypot(norm, add_up(slice_norm ** 2).sqrt()) if config.shard else norm
+    whole, slices = [g for g in gradients if not isinstance(g, DTensor)], [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    norm = torch.hypot(torch.nn.utils.get_total_norm(whole), add_up(torch.nn.utils.get_total_norm(slices) ** 2).sqrt())
     torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm, foreach=False if config.shard else None)
     (loss, tokens, difference, entropy), norm = add_up(sums).tolist(), norm.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -660,7 +634,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         optimizer.step()
         for parameter, master in zip(trained(model), masters):
             parameter.data.copy_(master.data)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
             "trained_tokens": int(tokens), "trained_entropy": entropy / max(tokens, 1), "skipped": int(not finite)}
 

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
+from transformers import (AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
                           Qwen3Config)
 
 import spiral
@@ -289,16 +289,18 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
     """Rows of three prompts in any order, one prompt with a single row left, two dead rows, two queries to a key: as SDPA on a copy for each row."""
     torch.manual_seed(0)
     heads, kv, width, before, own, places = 4, 2, 8, 7, 5, 3
-    layer = spiral.SlotLayer(*(torch.randn(n, kv, length, width, dtype=dtype) for n, length in ((4, before + 2), (9, own + 1)) for _ in range(2)))
-    layer.owner, layer.place = torch.tensor([2, 0, 1, 2, -1, 0, 0, -1]), torch.tensor([1, 0, 2, 0, 0, 2, 1, 0])
-    rows, layer.sizes, layer.masks = len(layer.owner), (3, places, before, own), {}
+    slots = SimpleNamespace(**{name: torch.randn(2, n, kv, length, width, dtype=dtype) for name, n, length in (
+        ("prompt_keys", 4, before + 2), ("prompt_values", 4, before + 2), ("keys", 9, own + 1), ("values", 9, own + 1))})
+    owner, place = torch.tensor([2, 0, 1, 2, -1, 0, 0, -1]), torch.tensor([1, 0, 2, 0, 0, 2, 1, 0])
+    rows, column = len(owner), torch.arange(8) % own
     query, allowed = torch.randn(rows, heads, 1, width, dtype=dtype), torch.rand(rows, 1, 1, before + own) < 0.7
-    allowed[..., -1] = True
-    found, _ = spiral.shared_prefix_attention(None, query, layer, layer, allowed)
-    copies = lambda prompt, mine: torch.cat([prompt[layer.owner, :, :before], mine[:rows, :, :own]], 2).float()       # noqa: E731
-    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(layer.prompt_keys, layer.keys), copies(layer.prompt_values, layer.values),
+    new, allowed[..., -1] = torch.randn(2, rows, kv, 1, width, dtype=dtype), True
+    found, _ = spiral.shared_prefix_attention(slots, owner, place, column, (3, places, before, own), {}, SimpleNamespace(layer_idx=1), query, *new, allowed)
+    assert all(torch.equal(memory[1, b, :, column[b]], x[b, :, 0]) for memory, x in zip((slots.keys, slots.values), new) for b in range(rows))
+    copies = lambda prompt, mine: torch.cat([prompt[1, owner, :, :before], mine[1, :rows, :, :own]], 2).float()       # noqa: E731
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(slots.prompt_keys, slots.keys), copies(slots.prompt_values, slots.values),
                                                                 allowed, enable_gqa=True).transpose(1, 2)
-    alive = layer.owner >= 0
+    alive = owner >= 0
     assert found.shape == expected.shape and found.dtype == dtype
     torch.testing.assert_close(found[alive].float(), expected[alive], rtol=0, atol=tolerance)
 
@@ -306,8 +308,8 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
 def test_a_prompt_is_held_once_for_all_of_its_completions():
     policy = copy.deepcopy(toy_policy("qwen3"))
     sample(policy, prompts=[[1] * 40, [2] * 30], num_samples=8, tokens=4)
-    layer = policy.slots.cache.layers[0]
-    assert layer.prompt_keys.shape[0] == 2 and layer.prompt_keys.shape[2] >= 40 and layer.keys.shape[0] == 16 and layer.keys.shape[2] == 4
+    prompts, own = policy.slots.prompt_keys.shape, policy.slots.keys.shape              # [layers, ..., heads, columns, width]
+    assert prompts[1] == 2 and prompts[3] >= 40 and own[1] == 16 and own[3] == 4
 
 
 def test_gaps_are_filled_from_the_end():
@@ -443,7 +445,7 @@ def toy_groups(policy, temperature=1.0, seed=0):
 def gradient_of_update(policy, groups, start_model=None, num_problems=3, **options):
     """The gradient that `update` hands to the optimizer (None: it took no step), and its statistics."""
     taken = []
-    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(set_to_none), param_groups=[{"params": spiral.trained(policy.model)}],
+    optimizer = SimpleNamespace(zero_grad=policy.model.zero_grad, param_groups=[{"params": spiral.trained(policy.model)}],
                                 step=lambda: taken.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()])))
     stats = spiral.update(policy, optimizer, groups, num_problems, spiral.Config(**{"max_grad_norm": 1e9, **options}), start_model)
     return taken[0] if taken else None, stats
@@ -821,6 +823,14 @@ def hub_folder(folder, settings):
 
 
 HUB_SIZES = {**SIZES, "vocab_size": 258, "bos_token_id": None, "eos_token_id": 257, "max_position_embeddings": 4096}
+
+
+def test_a_cache_that_the_sampler_cannot_hold_is_refused_at_once(tmp_path):
+    """DeepSeek's latent attention keeps one compressed vector instead of keys and values."""
+    settings = DeepseekV3Config(**{**HUB_SIZES, "num_key_value_heads": 4}, moe_intermediate_size=16, first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8,
+                                qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    with pytest.raises(ValueError, match="this architecture's cache isn't the keys and values that sample"):
+        spiral.load_policy(spiral.Config(model=hub_folder(tmp_path, settings)))
 
 
 def test_tiny_tokenizer_round_trips_any_text_and_keeps_integers_whole():
@@ -1785,15 +1795,53 @@ def plot(monkeypatch):
     return importlib.import_module("plot")
 
 
-@pytest.mark.parametrize("readme, marker, table, setting", [
-    ("README.md", "study", "table", "study"), ("experiments/README.md", "study-long", "table", "study-long"),
-    ("experiments/README.md", "ablations", "ablation_table", "study"), ("experiments/README.md", "ablations-long", "ablation_table", "study-long")])
-def test_the_tables_in_the_readmes_are_those_of_the_raw_files(readme, marker, table, setting, plot):
-    """Between the markers stand lines of `python experiments/plot.py --table` or `--ablations`, all or some."""
+@pytest.mark.parametrize("readme, marker, command", [
+    ("README.md", "study", "--table"), ("experiments/README.md", "study-1M", "--table --tokens 1000000"),
+    ("experiments/README.md", "study-long", "--table --results experiments/results/study-long"),
+    ("experiments/README.md", "ablations", "--ablations"), ("experiments/README.md", "weight", "--ablations --part evaluate"),
+    ("experiments/README.md", "ablations-long", "--ablations --results experiments/results/study-long"),
+    ("experiments/README.md", "difficulty", "--difficulty"), ("experiments/README.md", "noise", "")])
+def test_the_tables_in_the_readmes_are_those_of_the_raw_files(readme, marker, command, plot, monkeypatch, capsys):
+    """Between the markers stand lines of `python experiments/plot.py COMMAND` (noise: of `gradient_noise.py --table`), all or some."""
     quoted = (HERE / readme).read_text().partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
     quoted = [line for line in quoted.splitlines() if line.startswith("|")]
-    lines = getattr(plot, table)(plot.RESULTS.with_name(setting)).splitlines()
-    assert len(quoted) > 5 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *command.split()] if command else ["gradient_noise.py", "--table"])
+    (plot if command else importlib.import_module("gradient_noise")).main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(quoted) > 4 and quoted[:2] == lines[:2] and set(quoted) <= set(lines)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_all_designs_without_bias_have_the_mean_of_all_sets(balanced):
+    """What gradient_noise.py rests on, for given traces and rewards: over all choices of 2 of the 6 sets of 2 of 4 traces, or the balanced ones."""
+    subsets = torch.tensor([*itertools.combinations(range(4), 2)])
+    rewards = torch.rand(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    choices = [pair for pair in itertools.combinations(range(6), 2) if not balanced or sorted(subsets[list(pair)].flatten().tolist()) == [0, 1, 2, 3]]
+    drawn = [spiral.search_advantages(rewards[list(pair)][None], subsets[list(pair)][None], 4, balanced)[0] for pair in choices]
+    torch.testing.assert_close(torch.stack(drawn).mean(0), spiral.search_advantages(rewards[None], subsets[None], 4)[0])
+
+
+def test_gradient_noise_is_measured(monkeypatch):
+    """Two rollouts of one problem: GRPO's second moment and signal, against the gradients themselves."""
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    script = importlib.import_module("gradient_noise")
+    monkeypatch.setattr(script, "DRAWS", 2)
+    monkeypatch.setattr(script, "DIRECT", 1)
+    monkeypatch.setattr(script, "MOST", 2)
+    monkeypatch.setattr(script, "DESIGNS", {name: script.DESIGNS[name] for name in ("balanced, K=8 N2=2", "balanced, N1=16 K=4 N2=2", "grpo, 8 traces")})
+    config = spiral.Config(max_trace_tokens=24, max_aggregation_tokens=48)
+    policy, task, seen = spiral.load_policy(config), script.tasks.make_task("countdown"), {}
+    for name in ("trace_gradients", "search"):
+        owner = script if name == "trace_gradients" else script.spiral
+        monkeypatch.setattr(owner, name, lambda *args, name=name, real=getattr(owner, name): seen.setdefault(name, real(*args)))
+    result, lengths = script.measure(policy, task, config, 1, 2)
+    gradients, (problem,) = seen["trace_gradients"].view(2, 16, -1)[:, :8], task.problems("validation", 1, 1)
+    rewards = spiral.rewards_of(task, [problem] * 2, [seen["search"][2][0][16 * r:16 * r + 8] for r in range(2)])
+    assert 0 < rewards[0].sum() < 8                             # or the test shows nothing
+    first, second = (a @ g for a, g in zip(spiral.grpo_advantages(rewards), gradients))
+    assert result["grpo, 8 traces"][0] == pytest.approx([((first @ first + second @ second) / 2).item(), (first @ second).item()], rel=1e-3, abs=1e-3)
+    assert all(math.isfinite(x) for rows in result.values() for x in rows[0]) and len(lengths) == 3 and min(lengths) > 5
 
 
 def test_the_readme_quotes_the_default_runs_as_their_raw_files_have_them(plot):

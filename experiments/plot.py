@@ -116,9 +116,9 @@ def measures(row):
     return found
 
 
-def table(folder=RESULTS):
+def table(folder=RESULTS, tokens=0):
     """The README's table, in markdown."""
-    runs, signed = load(folder, "evaluate"), lambda pair: f"{pair[0]:+.3f} ± {pair[1]:.3f}"  # noqa: E731
+    runs, signed = load(folder, "evaluate", tokens), lambda pair: f"{pair[0]:+.3f} ± {pair[1]:.3f}"  # noqa: E731
     names = [run for run in RIVALS if run in runs]
     pairs = [("spiral", other) for other in ("grpo", "grpo-agg") if other in runs and "spiral" in runs]
     found = {run: [measures(row) for row in runs[run]] for run in names}
@@ -274,9 +274,9 @@ def draw_training(folder):
     finish(figure, folder / "training.png", [axes[0]])
 
 
-def ablations(folder, part="ablations"):
+def ablations(folder, part="ablations", tokens=0):
     """(names of the scores, scores of SPIRAL's seeds [S, scores], {run: differences from SPIRAL of the same seed [S', scores]})."""
-    runs = load(folder, part)
+    runs = load(folder, part, tokens)
     if "spiral" not in runs:
         return (), [], {}
 
@@ -286,14 +286,14 @@ def ablations(folder, part="ablations"):
     first = runs["spiral"][0]
     names = ("pass@1", "pass@16", *(["pass@64"] if first["evaluation"]["traces"] > 63 else []), f"aggregate {first['set_size']} traces", f"RSA, step {first['evaluation']['rsa']}")
     reference = {row["seed"]: scores(row) for row in runs["spiral"]}
-    order = list(dict.fromkeys(row["run"] for row in read(folder / "evaluation.jsonl") if row["part"] == part))
+    order = [run for run in dict.fromkeys(row["run"] for row in read(folder / "evaluation.jsonl") if row["part"] == part) if run in runs]
     gaps = {run: [np.subtract(scores(row), reference[row["seed"]]) for row in runs[run] if row["seed"] in reference] for run in order if run not in ("spiral", "base")}
     return names, list(reference.values()), gaps
 
 
-def ablation_table(folder, part="ablations"):
+def ablation_table(folder, part="ablations", tokens=0):
     """In markdown: SPIRAL's scores, and what each ablation changes; of the part evaluate: SPIRAL as tuned, and all else."""
-    names, reference, gaps = ablations(folder, part)
+    names, reference, gaps = ablations(folder, part, tokens)
     lines = [f"| {len(reference)} seeds, minus SPIRAL of the same seeds | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|",
              f"| SPIRAL, {'search weight 1' if part == 'ablations' else 'as tuned'} | " + " | ".join(f"{value:.3f}" for value in np.mean(reference, 0)) + " |"]
     for run, gap in gaps.items():
@@ -344,6 +344,17 @@ def draw_cross(folder):
     print(f"drawn to {folder / 'cross.png'}")
 
 
+def difficulty_table(folder):
+    """In markdown: means over the seeds that there are."""
+    runs, names = load(folder, "difficulty"), ("pass@16", "aggregate 4 traces", "recursive self-aggregation, step 4")
+    runs = {run: runs[run] for run in RIVALS if run in runs}
+    lines = ["| pass@16 / aggregate 4 / RSA, step 4 | " + " | ".join(runs) + " |", "|---" * (1 + len(runs)) + "|"]
+    for task in dict.fromkeys(row["task"] for row in runs["spiral"]):
+        found = {run: [measures(row) for row in rows if row["task"] == task] for run, rows in runs.items()}
+        lines.append(f"| {task} | " + " | ".join(" / ".join(f"{np.mean([row[name].mean() for row in rows]):.2f}" for name in names) for rows in found.values()) + " |")
+    return "\n".join(lines)
+
+
 def draw_difficulty(folder):
     runs = load(folder, "difficulty")
     if "base" not in runs:
@@ -358,7 +369,6 @@ def draw_difficulty(folder):
             mean = [np.mean([score(row).mean() for row in runs[run] if row["task"] == task]) for task in order]
             axis.bar(np.arange(len(order)) + 0.2 * i, mean, 0.18, color=RIVALS[run], label=run)
             axis.set_xticks(np.arange(len(order)) + 0.3, [title(task) for task in order], fontsize=7)
-            print(f"  difficulty {axis.get_title():<24} {run:<9}", *(f"{task} {value:.3f}" for task, value in zip(order, mean)))
     finish(figure, folder / "difficulty.png", [axes[2]])
 
 
@@ -422,15 +432,19 @@ def main():
     parser.add_argument("--out", default="curves.png")
     parser.add_argument("--results", type=Path, default=RESULTS, help="raw files of the study, and its figures")
     parser.add_argument("--ablations", action="store_true", help="print their table in markdown")
+    parser.add_argument("--difficulty", action="store_true", help="print its table in markdown")
     parser.add_argument("--part", default="ablations", choices=("ablations", "evaluate"), help="of --ablations: evaluate is the main comparison")
+    parser.add_argument("--tokens", type=int, default=0, help="the budget, of several in the part evaluate; 0: the largest")
     parser.add_argument("--table", action="store_true", help="print it in markdown, instead of drawing")
     args = parser.parse_args()
     if args.runs:
         return print(runs_table(args.runs)) if args.table else draw_runs(args.runs, args.out)
     if not (args.results / "evaluation.jsonl").exists():
         raise SystemExit(f"{args.results} holds no evaluation.jsonl: run experiments/study.py first, or name folders of runs")
+    if args.difficulty:
+        return print(difficulty_table(args.results))
     if args.table or args.ablations:
-        return print(table(args.results) if args.table else ablation_table(args.results, args.part))
+        return print(table(args.results, args.tokens) if args.table else ablation_table(args.results, args.part, args.tokens))
     draw_study(args.results)
 
 
