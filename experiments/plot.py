@@ -205,6 +205,8 @@ def draw_main(folder):
             mean, half = interval([[np.log(factor(t, o, i)) for i in k] for t, o in pairs])
             right.plot(k, np.exp(mean), color=RIVALS[run], label=run)
             right.fill_between(k, np.exp(mean - half), np.exp(mean + half), color=RIVALS[run], alpha=0.18, linewidth=0)
+    if {"spiral", "grpo"} <= curves.keys():
+        print(f"  spiral is ahead of grpo from k = {int(np.argmax(curves['spiral'].mean(0) > curves['grpo'].mean(0))) + 1}")
     right.axhline(1, color="black", linewidth=0.8)
     right.set_yscale("log", base=2)
     left.set_xscale("log", base=2), right.set_xscale("log", base=2)
@@ -375,12 +377,12 @@ def draw_difficulty(folder):
 def draw_study(folder):
     for draw in (draw_main, draw_training, draw_ablations, draw_cross, draw_difficulty):
         draw(folder)
-    for part in dict.fromkeys(row["part"] for row in read(folder / "training.jsonl")):
-        for run in dict.fromkeys(row["run"] for row in read(folder / "training.jsonl") if row["part"] == part):
-            rows = [row for row in read(folder / "training.jsonl") if row["part"] == part and row["run"] == run]
-            mean = lambda key: np.mean([row[key] for row in rows])                        # noqa: E731, B023
-            print(f"  {part:<10} {run:<40} {len(rows)} runs of {mean('steps'):.0f} steps: {mean('sampled_tokens'):,.0f} sampled, "
-                  f"{mean('prefill_tokens'):,.0f} prefill, {mean('trained_tokens'):,.0f} trained tokens; {mean('cpu_s'):.0f} s CPU, {mean('wall_s'):.0f} s")
+    every = read(folder / "training.jsonl")
+    for part, run, tokens in dict.fromkeys((row["part"], row["run"], row["tokens"]) for row in every):
+        rows = [row for row in every if (row["part"], row["run"], row["tokens"]) == (part, run, tokens)]
+        mean = lambda key: np.mean([row[key] for row in rows])                            # noqa: E731, B023
+        print(f"  {part:<10} {run:<40} {len(rows)} runs of {mean('steps'):.0f} steps: {mean('sampled_tokens'):,.0f} sampled, "
+              f"{mean('prefill_tokens'):,.0f} prefill, {mean('trained_tokens'):,.0f} trained tokens; {mean('cpu_s'):.0f} s CPU, {mean('wall_s'):.0f} s")
 
 
 # ---- Curves of any runs ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ evaluate    they, and SPIRAL at search weight 1, go on to each of the main budge
 cross       each rival as searcher x each as aggregator
 ablations   the VARIANTS: trained at the budget of the part train, and evaluated at smaller sizes, as are the references
 difficulty  countdown from easy to hard, and arithmetic
-noise       experiments/gradient_noise.py, unless its result is there
+noise       experiments/gradient_noise.py of the start policy and of a trained one
 
 A piece of work is a process: `spiral.main` until the budget, then an evaluation. A finished piece is a row in training.jsonl or
 evaluation.jsonl; an unfinished one goes on from its last checkpoint. Another setting, or other start weights, is another piece.
@@ -45,7 +45,7 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 5.0, "cross": 0.3, "ablations": 2.0, "difficulty": 2.0, "noise": 0.2}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 5.0, "cross": 0.3, "ablations": 2.0, "difficulty": 0.7, "noise": 0.6}    # CPU hours each
 
 # "short": a trace has room for one attempt, an aggregation for reading four and about two attempts of its own, so only a set searches.
 # "long": a trace goes through several attempts by itself; the limits are the defaults of spiral.py. Each: options of training, and sizes.
@@ -72,7 +72,7 @@ VARIANTS = {
 
 # CPU seconds on one thread of a 2-core machine whose other core is as busy, for 100 000 sampled tokens of spiral and grpo-agg, and of grpo:
 # 29 and 19 (short), 34 and 21 (long); about 90 for a "large" evaluation, 40 for a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 3, "save_every": 10,
+FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
         "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
@@ -373,6 +373,16 @@ def tune(sizes, results, go):
     print(f"tuned: {best}", flush=True)
 
 
+def noise(sizes, results, runs):
+    """gradient_noise.py of the start policy, and of SPIRAL at the first of the main budgets, unless their results are there."""
+    first = next(piece for piece in evaluate_pieces(sizes, results) if piece["run"] == "spiral")
+    policies = {"start": spiral.TINY, f"SPIRAL after {first['tokens'] / 1e6:g}M tokens": trained(runs / first["name"], first["tokens"])}
+    path = HERE / "results" / "gradient_noise.json"
+    for name, checkpoint in policies.items():
+        if checkpoint and name not in (json.loads(path.read_text()) if path.exists() else {}):
+            subprocess.run([sys.executable, str(HERE / "gradient_noise.py"), "--model", str(checkpoint), "--name", name], check=True)
+
+
 def run_pieces(pieces, part, args, runs, results):
     """At most args.jobs processes at a time, in order; starts none that would take the part over its budget. Output goes to log.txt."""
     raw = [results / "training.jsonl", results / "evaluation.jsonl"]
@@ -444,8 +454,8 @@ def main():
             if part == "tune":
                 tune(sizes, results, lambda pieces: run_pieces(pieces, "tune", args, runs, results))
             elif part == "noise":
-                if not args.quick and not (HERE / "results" / "gradient_noise.json").exists():
-                    subprocess.run([sys.executable, str(HERE / "gradient_noise.py"), "--threads", "1"], check=True)
+                if not args.quick:
+                    noise(sizes, results, runs)
             else:
                 run_pieces(makers[part](sizes, results), part, args, runs, results)
     except KeyboardInterrupt:
