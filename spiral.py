@@ -256,30 +256,28 @@ class Samples:
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
     def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
-def shared_prefix_attention(slots, owner, place, column, sizes, masks, module, query, key, value, allowed, scaling=None, **kwargs):
-    """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: writes key and value [B, kv, 1, D] into the slots, and reads a prompt's keys
+def shared_prefix_attention(memory, rows, owner, place, column, places, masks, module, query, key, value, allowed, scaling=None, **kwargs):
+    """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: writes key and value [B, kv, 1, D] into the memory, and reads a prompt's keys
     once for all of its completions. For that the queries lie in a grid: prompts (U, and one for dead rows) x places among their completions (R)."""
-    (prompts, places, before, own), (rows, heads, _, width), i = sizes, query.shape, module.layer_idx       # U, R, L, T; B, H
-    for memory, new in ((slots.keys, key), (slots.values, value)):
-        memory[i][torch.arange(rows, device=query.device), :, column] = new[:, :, 0]
-    prompt_keys, prompt_values = slots.prompt_keys[i, :prompts, :, :before], slots.prompt_values[i, :prompts, :, :before]      # [U, kv, L, D]
-    keys, values = slots.keys[i, :rows, :, :own], slots.values[i, :rows, :, :own]                           # [B, kv, T, D]
+    prompt_keys, prompt_values, keys, values = (tensor[module.layer_idx] for tensor in memory)   # [U, kv, L, D] twice, [B, kv, T, D] twice
+    (prompts, kv, before, width), heads = prompt_keys.shape, query.shape[1]
+    keys[rows, :, column], values[rows, :, column] = key[:, :, 0], value[:, :, 0]
     def spread(x):                                           # [B, kv, G, C] -> [U, kv, R * G, C]
         grid = x.new_zeros(prompts + 1, x.shape[1], places, *x.shape[2:])
         grid[owner, :, place] = x
         return grid[:-1].flatten(2, 3)
-    def collect(x): return x.unflatten(2, (places, -1))[owner, :, place]                                    # and back
+    def collect(x): return x.unflatten(2, (places, -1))[owner, :, place]                         # and back
     def scores(a, b):                                        # in fp32: rounded to bf16 they would cost the log-probs two digits
         if a.dtype != torch.float32 and a.is_cuda:
             return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, a.shape[:2])
         return a.float() @ b.float().mT
-    query = query.reshape(rows, keys.shape[1], -1, width) * (width ** -0.5 if scaling is None else scaling)    # [B, kv, G, D]
+    query = query.view(len(rows), kv, -1, width) * (width ** -0.5 if scaling is None else scaling)             # [B, kv, G, D]
     together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)             # [U, kv, R * G, L + T]
     if id(allowed) not in masks:                             # [B, 1, 1, L + T], the same in all layers of a kind
         masks[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
     weights = together.masked_fill_(masks[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
     mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values        # [B, kv, G, D]
-    return mixed.reshape(rows, 1, heads, width), None
+    return mixed.view(len(rows), 1, heads, width), None
 
 class Slots:
     """Memory of decoding: prompts, each once for its completions, and slots. Kept, for fresh memory is slow, and CUDA graphs hold its addresses."""
@@ -289,8 +287,8 @@ class Slots:
         self.sizes, self.graphs = (prompts, longest, count, limit, total), {}
         self.eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
-        self.prompt_keys, self.prompt_values = memory(2, layers, prompts, heads, longest, width)
-        self.keys, self.values = memory(2, layers, count, heads, limit, width)
+        self.prompts = memory(2, layers, prompts, heads, longest, width)                 # keys, values
+        self.completions = memory(2, layers, count, heads, limit, width)
         self.length = torch.zeros(prompts, dtype=torch.long, device=device)              # [prompts]
         # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
         self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
@@ -354,13 +352,13 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     share = min(1.0, 2 / num_samples)                        # prompts to a slot: twice what it takes as long as all their completions go on
     room = lambda count: min(len(waiting), math.ceil(share * count) + 1)                 # noqa: E731
     most = lambda: min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))       # noqa: E731
-    if not slots or slots.keys.dtype != model.dtype or any(
+    if not slots or slots.prompts.dtype != model.dtype or any(
             has < n for has, n in zip(slots.sizes, (room(min(most(), slots.sizes[2])), longest, most(), max_new_tokens, total))):
         slots = policy.slots = None                          # too small: its memory is free for the next
         slots = policy.slots = Slots(policy, room(most()), longest, most(), max_new_tokens, total)
     room, count, alive, held = slots.sizes[0], min(total, max_rows or total, slots.sizes[2]), 0, 0       # in use: slots 0..alive-1, prompts 0..held-1
     places = min(count, max(len(rows) for _, rows in waiting))
-    slots.owner[:], slots.place[:], slots.row[:], slots.done[:] = -1, 0, -1, True        # a slot without completion works for the trash
+    slots.owner[:], slots.place[:], slots.row[:], slots.step[:], slots.done[:] = -1, 0, -1, 0, True       # nobody's slots work for the trash
     slots.tokens[:], slots.logprobs[:], slots.uniforms[:total, :max_new_tokens] = policy.tokenizer.eos_id, 0, torch.cat([
         torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
         for g in (generator if isinstance(generator, list) else [generator] * len(prompts))])
@@ -375,7 +373,8 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     def decode(count, prompts, before, own):
         """One token for each of the first `count` slots, which attend to `before` columns of their prompt and `own` of theirs."""
         owner, place, column = slots.owner[:count], slots.place[:count], slots.step[:count] - 1
-        attention = functools.partial(shared_prefix_attention, slots, owner, place, column, (prompts, places, before, own), {})
+        memory = (*slots.prompts[:, :, :prompts, :, :before], *slots.completions[:, :, :count, :, :own])
+        attention = functools.partial(shared_prefix_attention, memory, torch.arange(count, device=device), owner, place, column, places, {})
         AttentionInterface.register("shared_prefix", attention)
         plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
         try:
@@ -398,7 +397,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
             padded = pad([prompt for prompt, _ in batch], 0, device)                                     # [U, L]
             hidden = hidden_states(model, padded, prefix := DynamicCache())                              # causal: pads come last
             for i, layer in enumerate(prefix.layers):
-                slots.prompt_keys[i, these, :, :padded.shape[1]], slots.prompt_values[i, these, :, :padded.shape[1]] = layer.keys, layer.values
+                slots.prompts[0, i, these, :, :padded.shape[1]], slots.prompts[1, i, these, :, :padded.shape[1]] = layer.keys, layer.values
             slots.length[these] = length = torch.tensor([len(prompt) for prompt, _ in batch], device=device)             # [U]
             owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T    # [new]
             slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = held + owner, place, row, 0, False
@@ -421,11 +420,11 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         # Stop: when a tenth has finished, the last ones move into their slots, and into the place of prompts that no slot needs
         left = int((~slots.done[:alive]).sum())
         if left <= 0.9 * alive:
-            columns = [layer[:, :, :shape[3]] for layer in (*slots.keys, *slots.values)]
-            fill_gaps(~slots.done[:alive], [*slots.states, *columns])
-            slots.done[:left], slots.done[left:], slots.owner[left:], slots.place[left:], slots.row[left:] = False, True, -1, 0, -1
+            columns = [layer[:, :, :shape[3]] for layer in slots.completions.flatten(0, 1)]
+            fill_gaps(~slots.done[:alive], [*slots.states, slots.done, *columns])
+            slots.owner[left:], slots.place[left:], slots.row[left:], slots.step[left:], slots.done[left:] = -1, 0, -1, 0, True
             used = torch.zeros(held, dtype=torch.bool, device=device).index_fill_(0, slots.owner[:left], True)
-            columns = [layer[:, :, :shape[2]] for layer in (*slots.prompt_keys, *slots.prompt_values)]
+            columns = [layer[:, :, :shape[2]] for layer in slots.prompts.flatten(0, 1)]
             (held, now_at), alive = fill_gaps(used, [slots.length, *columns]), left
             slots.owner[:left] = now_at[slots.owner[:left]]
     tokens, logprobs = slots.tokens[:total, :max_new_tokens], slots.logprobs[:total, :max_new_tokens]

@@ -289,16 +289,15 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
     """Rows of three prompts in any order, one prompt with a single row left, two dead rows, two queries to a key: as SDPA on a copy for each row."""
     torch.manual_seed(0)
     heads, kv, width, before, own, places = 4, 2, 8, 7, 5, 3
-    slots = SimpleNamespace(**{name: torch.randn(2, n, kv, length, width, dtype=dtype) for name, n, length in (
-        ("prompt_keys", 4, before + 2), ("prompt_values", 4, before + 2), ("keys", 9, own + 1), ("values", 9, own + 1))})
+    memory = [torch.randn(2, n, kv, length, width, dtype=dtype) for n, length in ((3, before), (3, before), (8, own), (8, own))]
     owner, place = torch.tensor([2, 0, 1, 2, -1, 0, 0, -1]), torch.tensor([1, 0, 2, 0, 0, 2, 1, 0])
-    rows, column = len(owner), torch.arange(8) % own
-    query, allowed = torch.randn(rows, heads, 1, width, dtype=dtype), torch.rand(rows, 1, 1, before + own) < 0.7
-    new, allowed[..., -1] = torch.randn(2, rows, kv, 1, width, dtype=dtype), True
-    found, _ = spiral.shared_prefix_attention(slots, owner, place, column, (3, places, before, own), {}, SimpleNamespace(layer_idx=1), query, *new, allowed)
-    assert all(torch.equal(memory[1, b, :, column[b]], x[b, :, 0]) for memory, x in zip((slots.keys, slots.values), new) for b in range(rows))
-    copies = lambda prompt, mine: torch.cat([prompt[1, owner, :, :before], mine[1, :rows, :, :own]], 2).float()       # noqa: E731
-    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(slots.prompt_keys, slots.keys), copies(slots.prompt_values, slots.values),
+    rows, column = torch.arange(8), torch.arange(8) % own
+    query, allowed = torch.randn(8, heads, 1, width, dtype=dtype), torch.rand(8, 1, 1, before + own) < 0.7
+    new, allowed[..., -1] = torch.randn(2, 8, kv, 1, width, dtype=dtype), True
+    found, _ = spiral.shared_prefix_attention(memory, rows, owner, place, column, places, {}, SimpleNamespace(layer_idx=1), query, *new, allowed)
+    assert all(torch.equal(tensor[1, b, :, column[b]], x[b, :, 0]) for tensor, x in zip(memory[2:], new) for b in range(8))
+    copies = lambda prompt, mine: torch.cat([prompt[1, owner], mine[1]], 2).float()       # noqa: E731
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(memory[0], memory[2]), copies(memory[1], memory[3]),
                                                                 allowed, enable_gqa=True).transpose(1, 2)
     alive = owner >= 0
     assert found.shape == expected.shape and found.dtype == dtype
@@ -308,8 +307,8 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
 def test_a_prompt_is_held_once_for_all_of_its_completions():
     policy = copy.deepcopy(toy_policy("qwen3"))
     sample(policy, prompts=[[1] * 40, [2] * 30], num_samples=8, tokens=4)
-    prompts, own = policy.slots.prompt_keys.shape, policy.slots.keys.shape              # [layers, ..., heads, columns, width]
-    assert prompts[1] == 2 and prompts[3] >= 40 and own[1] == 16 and own[3] == 4
+    prompts, own = policy.slots.prompts.shape, policy.slots.completions.shape           # [2, layers, ..., heads, columns, width]
+    assert prompts[2] == 2 and prompts[4] >= 40 and own[2] == 16 and own[4] == 4
 
 
 def test_gaps_are_filled_from_the_end():
