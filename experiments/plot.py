@@ -341,6 +341,10 @@ def draw_cross(folder):
         for other in ("base", "grpo", "grpo-agg"):
             mean, half = interval(grid[-1][x] - grid[order.index(other)][x])
             print(f"  {aggregator:<9} on the traces of spiral minus those of {other:<9} {mean:+.3f} ± {half:.3f}")
+    for y, searcher in enumerate(order):
+        for x, other in enumerate(order[:-1]):
+            mean, half = interval(grid[y][-1] - grid[y][x])
+            print(f"  spiral's aggregator minus that of {other:<9} on the traces of {searcher:<9} {mean:+.3f} ± {half:.3f}")
     figure.savefig(folder / "cross.png", dpi=110)
     plt.close(figure)
     print(f"drawn to {folder / 'cross.png'}")
