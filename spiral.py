@@ -921,8 +921,7 @@ def train(task, config, out):
             save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
             for old in {*checkpoints(out)[2:]} - {out / f"step-{state['best'][0]}"} if rank == 0 else ():
                 shutil.rmtree(old)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    list(map(signal.signal, handlers, handlers.values()))
     if state["bad"] == 5:
         print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
         return 1
@@ -993,6 +992,8 @@ def main(arguments=None):
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
     except (ValueError, OSError, safetensors.SafetensorError) as error:      # a full disk among them
         print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
+    finally:                                                             # its threads can crash a process that ends before them
+        dist.destroy_process_group() if dist.is_initialized() else None
     return 2
 
 if __name__ == "__main__":
