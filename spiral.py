@@ -281,15 +281,15 @@ def shared_prefix_attention(memory, rows, owner, place, column, places, masks, m
 
 class Slots:
     """Memory of decoding: prompts, each once for its completions, and slots. Kept, for fresh memory is slow, and CUDA graphs hold its addresses."""
-    def __init__(self, policy, prompts, longest, count, limit, total):
+    def __init__(self, policy, room, longest, count, limit, total):
         (layers, heads, width), device = cache_shape(policy.model), policy.device
         memory = lambda *sizes: torch.zeros(sizes, dtype=policy.model.dtype, device=device)                 # noqa: E731
-        self.sizes, self.graphs = (prompts, longest, count, limit, total), {}
-        self.eos_ids = torch.tensor(policy.tokenizer.eos_ids, device=device)
+        self.sizes = self.room, self.longest, self.count, self.limit, self.total = room, longest, count, limit, total
+        self.eos_ids, self.graphs = torch.tensor(policy.tokenizer.eos_ids, device=device), {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
-        self.prompts = memory(2, layers, prompts, heads, longest, width)                 # keys, values
+        self.prompts = memory(2, layers, room, heads, longest, width)                    # keys, values
         self.completions = memory(2, layers, count, heads, limit, width)
-        self.length = torch.zeros(prompts, dtype=torch.long, device=device)              # [prompts]
+        self.length = torch.zeros(room, dtype=torch.long, device=device)                 # of each prompt
         # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
         self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
         self.done = torch.ones(count, dtype=torch.bool, device=device)
@@ -353,10 +353,10 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     room = lambda count: min(len(waiting), math.ceil(share * count) + 1)                 # noqa: E731
     most = lambda: min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))       # noqa: E731
     if not slots or slots.prompts.dtype != model.dtype or any(
-            has < n for has, n in zip(slots.sizes, (room(min(most(), slots.sizes[2])), longest, most(), max_new_tokens, total))):
+            has < n for has, n in zip(slots.sizes, (room(min(most(), slots.count)), longest, most(), max_new_tokens, total))):
         slots = policy.slots = None                          # too small: its memory is free for the next
         slots = policy.slots = Slots(policy, room(most()), longest, most(), max_new_tokens, total)
-    room, count, alive, held = slots.sizes[0], min(total, max_rows or total, slots.sizes[2]), 0, 0       # in use: slots 0..alive-1, prompts 0..held-1
+    room, count, alive, held = slots.room, min(total, max_rows or total, slots.count), 0, 0              # in use: slots 0..alive-1, prompts 0..held-1
     places = min(count, max(len(rows) for _, rows in waiting))
     slots.owner[:], slots.place[:], slots.row[:], slots.step[:], slots.done[:] = -1, 0, -1, 0, True       # nobody's slots work for the trash
     slots.tokens[:], slots.logprobs[:], slots.uniforms[:total, :max_new_tokens] = policy.tokenizer.eos_id, 0, torch.cat([
@@ -365,23 +365,23 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     def emit(logits, s):
         """Sample a token for each of the slots `s`, record it, and see whether it was the last."""
         row, step, done = slots.row[s], slots.step[s], slots.done[s]
-        column = torch.where(done, slots.sizes[3], step)     # a finished completion runs on, into the trash, until the next look
+        column = torch.where(done, slots.limit, step)     # a finished completion runs on, into the trash, until the next look
         slots.token[s], logprob = draw_tokens(logits, slots.uniforms[row, column], temperature == 0)
         slots.tokens[row, column], slots.logprobs[row, column] = slots.token[s], logprob
         step += ~done
         done |= (slots.token[s, None] == slots.eos_ids).any(-1) | (step >= max_new_tokens)
-    def decode(count, prompts, before, own):
-        """One token for each of the first `count` slots, which attend to `before` columns of their prompt and `own` of theirs."""
-        owner, place, column = slots.owner[:count], slots.place[:count], slots.step[:count] - 1
-        memory = (*slots.prompts[:, :, :prompts, :, :before], *slots.completions[:, :, :count, :, :own])
-        attention = functools.partial(shared_prefix_attention, memory, torch.arange(count, device=device), owner, place, column, places, {})
+    def decode(alive, held, before, own):
+        """One token for each of the first slots, which attend to `before` columns of one of the first prompts, and `own` of theirs."""
+        owner, place, column = slots.owner[:alive], slots.place[:alive], slots.step[:alive] - 1
+        memory = (*slots.prompts[:, :, :held, :, :before], *slots.completions[:, :, :alive, :, :own])
+        attention = functools.partial(shared_prefix_attention, memory, torch.arange(alive, device=device), owner, place, column, places, {})
         AttentionInterface.register("shared_prefix", attention)
         plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
         try:
-            hidden = hidden_states(model, slots.token[:count, None], None, slots.length[owner][:, None], before, column[:, None], own)    # [B, 1, d]
+            hidden = hidden_states(model, slots.token[:alive, None], None, slots.length[owner][:, None], before, column[:, None], own)    # [B, 1, d]
         finally:
             settings._attn_implementation = plain
-        emit(head(model, hidden[:, 0], temperature or 1.0), slice(count))
+        emit(head(model, hidden[:, 0], temperature or 1.0), slice(alive))
     while waiting or alive:
         # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
         while waiting and held < room and (not alive or count - alive >= max(len(waiting[-1][1]), count // 4)):
@@ -408,7 +408,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         for i in range(8 if policy.graphs or device.type == "cuda" else 1):
             shape = alive, held, before, min(own + i, max_new_tokens)
             if policy.graphs:                                # of few shapes
-                shape = tuple(map(min, (bucket(alive), bucket(held, 2), longest, bucket(own + i)), (slots.sizes[j] for j in (2, 0, 1, 3))))
+                shape = min(bucket(alive), slots.count), min(bucket(held, 2), slots.room), longest, min(bucket(own + i), slots.limit)
             key, step = (*shape, places, max_new_tokens, temperature), functools.partial(decode, *shape)
             slots.graphs.get(key, step)()                    # the first time plainly, which warms up for the capture
             if policy.graphs and key not in slots.graphs:
