@@ -1724,6 +1724,16 @@ def test_the_plan_of_a_sharded_run_counts_the_share_of_a_process(tmp_path, monke
     assert four["weights"] == 4 * (one["parameters"] - inside + inside / 4 + inside / len(layers)) and one["weights"] == 4 * one["parameters"]
 
 
+@pytest.mark.parametrize("algo", ["spiral", "grpo"])
+def test_the_planned_cache_is_that_of_the_slots(algo, monkeypatch):
+    """A prompt once for all of its completions: 3 problems x 4 sets x 2 aggregations, or 3 x (8 + 4 x 2) traces."""
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    config = spiral.Config(algo=algo, problems=3, num_aggregations=2, max_prompt_tokens=100, max_trace_tokens=20, max_aggregation_tokens=30, device="cpu")
+    prompts, rows, limit = {"spiral": (12, 24, 30), "grpo": (3, 48, 20)}[algo]
+    slots = spiral.Slots(spiral.load_policy(config), prompts, 100, rows, limit, 1)
+    assert importlib.import_module("plan").memory_plan(config)["cache of a whole rollout"] == slots.prompts.nbytes + slots.completions.nbytes
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", [dict(hidden_size=64, intermediate_size=192), dict(hidden_size=128, intermediate_size=256, num_attention_heads=8)])
 def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):
