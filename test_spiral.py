@@ -2,6 +2,7 @@
 command line, resume. No network, no GPU:  pytest -q"""
 
 import ast
+import contextlib
 import copy
 import functools
 import importlib
@@ -29,6 +30,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
                           Qwen3Config)
@@ -746,6 +748,91 @@ def test_target_length_gates_positive_advantages_only(coin_rewards):
             gated += int((long & (before.advantages > 0)).sum())
             assert torch.equal(after.advantages, torch.where(long & (before.advantages > 0), torch.tensor(0.0), before.advantages))
     assert gated
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, and lives on the CPU. Operations on tensors of both places fail, as they do where there is one."""
+    device, is_cuda = torch.device("cuda", 0), True
+
+    @staticmethod
+    def __new__(cls, inside):
+        self = torch.Tensor._make_wrapper_subclass(cls, inside.shape, inside.stride(), inside.storage_offset(), dtype=inside.dtype, device="meta")
+        self.inside = inside
+        return self
+
+    def __repr__(self): return f"OnGpu({self.inside})"
+    def tolist(self): return self.inside.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return on_gpu(function, args, kwargs or {})
+
+
+def on_gpu(function, args, kwargs):
+    name, leaves = function.overloadpacket._qualified_op_name, tree_leaves((args, kwargs))
+    theirs = [x for x in leaves if isinstance(x, OnGpu)]
+    ours = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu) and x.ndim]             # numbers may be on the CPU
+    if theirs and ours and name not in ("aten::_to_copy", "aten::copy_"):
+        raise RuntimeError(f"{name}: one tensor is on the CPU, another on the GPU")
+    if name == "aten::_fused_sdp_choice":
+        return 0                                             # the plain attention
+    away = "device" in kwargs and kwargs["device"] is not None
+    moved = torch.device(kwargs["device"]).type in ("cuda", "meta") if away else bool(theirs)
+    args, kwargs = tree_map(lambda x: x.inside if isinstance(x, OnGpu) else torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs))
+    result = torch.bmm(*(x.float() for x in args[:2])) if function is torch.ops.aten.bmm.dtype else function(*args, **kwargs)       # with an out_dtype
+    back = {id(x.inside): x for x in theirs}                 # of operations in place
+    return tree_map(lambda x: back.get(id(x)) if id(x) in back else OnGpu(x) if moved and isinstance(x, torch.Tensor) else x, result)
+
+
+class WithGpu(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return on_gpu(function, args, kwargs or {})
+
+
+@pytest.mark.parametrize("options", [dict(), dict(algo="grpo-agg", target_length=6), dict(dtype="bf16", kl=0.1, updates=2), dict(dtype="bf16", gradient_checkpointing=True)])
+def test_the_whole_step_keeps_to_its_device(options, coin_rewards, monkeypatch, tmp_path):
+    """Rollout, update and checkpoint on a GPU that isn't there: the same texts and gradients as on the CPU; no operation mixes the devices."""
+    config, task, make, results = small_config(num_traces=4, **options), tasks.Countdown(), torch.tensor, []
+    for name, value in dict(mem_get_info=(1 << 33, 1 << 33), memory_reserved=0, memory_allocated=0, graph_pool_handle=None, _lazy_init=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    monkeypatch.setattr(spiral, "capture", lambda function, pool: function)
+    for device in ("cpu", "cuda"):
+        policy, start = (copy.deepcopy(text_policy()) for _ in range(2))
+        for mine in (policy, start):
+            mine.model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+            for module in mine.model.modules() if device == "cuda" else ():
+                module._parameters = {name: torch.nn.Parameter(OnGpu(p.data)) if p is not None else None for name, p in module._parameters.items()}
+                module._buffers = {name: OnGpu(b) for name, b in module._buffers.items()}
+            mine.model.tie_weights()
+            mine.device = torch.device(device, 0) if device == "cuda" else mine.device
+        policy.graphs = device == "cuda"
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if device == "cuda":                                 # torch.tensor looks for a real one
+            monkeypatch.setattr(torch, "tensor", lambda data, device=None, **options: (
+                OnGpu if device is not None and torch.device(device).type == "cuda" else lambda x: x)(make(data, **options)))
+        with WithGpu() if device == "cuda" else contextlib.nullcontext():
+            records = spiral.rollout(policy, task, task.problems("train", 3, 0), config, [torch.Generator().manual_seed(i) for i in range(3)])
+            optimizer = spiral.make_optimizer(policy.model, config)
+            stats = [spiral.update(policy, optimizer, [g for r in records for g in r["groups"]], 3, config, start.model) for _ in range(config.updates)]
+            spiral.save_checkpoint(tmp_path / "step-1", {}, policy, optimizer)
+            spiral.load_optimizer(spiral.make_optimizer(policy.model, config), tmp_path / "step-1")
+        results.append((stats, [(r["traces"], r["aggregations"]) for r in records]))
+    (plain, texts), (stats, there) = results
+    assert stats[0]["trained_tokens"] > 50 and stats[0]["grad_norm"] > 0
+    for ours, theirs in zip(plain, stats):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5) or config.dtype == "bf16"
+    assert there == texts or config.dtype == "bf16"
+
+
+def test_the_gpu_that_is_not_there_refuses_mixed_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    with WithGpu():
+        x, ours = torch.zeros(3, device="cuda"), torch.zeros(3)
+        for mixed in (lambda: x + ours, lambda: ours[x.long()], lambda: x.index_select(0, ours.long()), lambda: torch.cat([x, ours])):
+            with pytest.raises(RuntimeError, match="another on the GPU"):
+                mixed()
+        assert (x + 1).is_cuda and not x.cpu().is_cuda and ours.to("cuda:0").is_cuda
 
 
 def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(monkeypatch):
