@@ -45,7 +45,7 @@ from plot import pass_curve, read  # noqa: E402
 
 RIVALS = ("spiral", "grpo", "grpo-agg")
 TASK = spiral.Config().task
-PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 5.0, "cross": 0.3, "ablations": 2.0, "difficulty": 0.7, "noise": 0.6}    # CPU hours each
+PARTS = {"tune": 1.0, "train": 1.5, "evaluate": 5.0, "cross": 0.3, "ablations": 2.0, "difficulty": 2.0, "noise": 0.6}    # CPU hours each
 
 # "short": a trace has room for one attempt, an aggregation for reading four and about two attempts of its own, so only a set searches.
 # "long": a trace goes through several attempts by itself; the limits are the defaults of spiral.py. Each: options of training, and sizes.
@@ -72,7 +72,7 @@ VARIANTS = {
 
 # CPU seconds on one thread of a 2-core machine whose other core is as busy, for 100 000 sampled tokens of spiral and grpo-agg, and of grpo:
 # 29 and 19 (short), 34 and 21 (long); about 90 for a "large" evaluation, 40 for a "small" one; 5 to start a process
-FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 1, "save_every": 10,
+FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds": 3, "difficulty_seeds": 3, "save_every": 10,
         "lrs": [5e-5, 1e-4, 2e-4], "weights": [0.2, 1.0],
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
