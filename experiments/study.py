@@ -77,7 +77,7 @@ FULL = {"seeds": 5, "tokens": 300_000, "tune_tokens": 300_000, "ablation_seeds":
         "tasks": ["countdown:high=20,max_target=60", TASK, "countdown:numbers=4,max_target=100", "arithmetic"],
         # problems; traces for pass@k; of these, traces for votes and trees (a power of 4); steps of recursive self-aggregation
         "large": {"problems": 60, "traces": 256, "tree": 64, "rsa": 10}, "small": {"problems": 60, "traces": 32, "tree": 16, "rsa": 4}}
-QUICK = {"seeds": 2, "tokens": 18_000, "main_tokens": [24_000], "tune_tokens": 9_000, "ablation_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
+QUICK = {"seeds": 2, "tokens": 18_000, "main_tokens": [24_000], "tune_tokens": 9_000, "ablation_seeds": 1, "difficulty_seeds": 1, "lrs": [3e-4], "weights": [0.1], "save_every": 1,
          "tasks": FULL["tasks"][:2], "large": {"problems": 10, "traces": 32, "tree": 16, "rsa": 3}, "small": {"problems": 10, "traces": 16, "tree": 4, "rsa": 2}}
 FIRST_WEIGHT = "0.05"                                        # of the search term, where a piece's options don't name another
 LIMITS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)            # token limits of one trace (experiment 4); the last is that of evaluation in "long"
