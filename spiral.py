@@ -18,12 +18,11 @@ import argparse, collections, functools, hashlib, itertools, json, math, os, re,
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np, safetensors.torch, tiktoken, torch, torch.distributed as dist  # noqa: E401
+import numpy as np, safetensors.torch, tiktoken, torch, torch.distributed as dist, transformers  # noqa: E401
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
-from transformers import GradientCheckpointingLayer, logging as transformers_logging
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GradientCheckpointingLayer
 import tasks
 
 # ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
@@ -142,7 +141,7 @@ class HubTokenizer:
     def __init__(self, path, settings):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         try:
-            listed = GenerationConfig.from_pretrained(path).eos_token_id
+            listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:                                      # no generation_config.json
             listed = settings.eos_token_id
         self.eos_ids = sorted({self.hf.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None})
@@ -179,7 +178,7 @@ def load_policy(config):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa",
                                                  use_safetensors=True, trust_remote_code=False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})      # renamed
     if config.lora_rank and not getattr(model, "peft_config", None):         # a checkpoint of a LoRA run brings its own
         from peft import LoraConfig
         torch.manual_seed(config.seed)                       # the same adapters in every process
@@ -227,7 +226,8 @@ def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, o
         near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
         by_kind = {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}                  # [B, 1, T, S] each
         mask = by_kind if "sliding_attention" in kinds else by_kind["full_attention" if kinds else "sliding_attention"]
-    return model.base_model(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    past = {"cache" if [*map(int, transformers.__version__.split(".")[:2])] >= [5, 24] else "past_key_values": cache}
+    return model.base_model(tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **past).last_hidden_state
 
 def head(model, hidden, temperature):
     """Logits at `temperature`, fp32 [..., V]."""
@@ -968,7 +968,7 @@ def parse_config(arguments=None):
     return Config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "preset"})
 
 def main(arguments=None):
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     config = parse_config(arguments)
     try:
         config.check()

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
                           Qwen3Config)
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import spiral
 import tasks
@@ -1675,7 +1676,7 @@ def same_results(a, b, step, *names):
 
 def test_lora_on_a_model_of_ones_own_from_training_to_an_answer(coin_rewards, tmp_path, capsys):
     """Train on a JSONL, resume to the same bytes, evaluate, export with the adapters merged, ask."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     folder = hub_folder(tmp_path / "model", Qwen3Config(**HUB_SIZES, head_dim=8))
     data = jsonl(tmp_path / "problems.jsonl", *({"problem": f"{i}+{i}?", "answer": 2 * i} for i in range(120)))
     options = [*SMALL, "--task", "math", "--data", data, "--lora-rank", 4, "--eval-problems", 0, "--max-prompt-tokens", 512]
@@ -1701,7 +1702,7 @@ def test_lora_on_a_model_of_ones_own_from_training_to_an_answer(coin_rewards, tm
 
 
 def test_adapters_alone_are_trained(tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     folder = hub_folder(tmp_path, LlamaConfig(**HUB_SIZES))
     policy = spiral.load_policy(spiral.Config(model=folder, device="cpu", lora_rank=4))
     assert {"lora_" in name for name, p in policy.model.named_parameters() if p.requires_grad} == {True}
@@ -1754,7 +1755,7 @@ def after_the_first_checkpoint(launched):
 def test_two_processes_make_the_update_of_one_and_survive_a_kill(tmp_path, options, shard):
     """--shard too, where the processes have passes and micro-batches of their own to make, and one not as many as the other."""
     if "--lora-rank" in options:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     one, two = tmp_path / "one", tmp_path / "two"
     assert launch(1, one, 3, *options).wait(timeout=200) == 0
     killed = launch(2, two, 30, *options, *shard)

@@ -64,7 +64,7 @@ def measure(shape, config, device, dtype):
         for name, parameter in policy.model.named_parameters():
             parameter.requires_grad = "lora_" in name
     if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(policy.model, "activation_checkpointing_enable", policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
     optimizer, phases, plain = spiral.make_optimizer(policy.model, config), {}, spiral.sample
     cuda = device.type == "cuda"
 
