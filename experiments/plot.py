@@ -354,10 +354,15 @@ def difficulty_table(folder):
     """In markdown: means over the seeds that there are."""
     runs, names = load(folder, "difficulty"), ("pass@16", "aggregate 4 traces", "recursive self-aggregation, step 4")
     runs = {run: runs[run] for run in RIVALS if run in runs}
-    lines = ["| pass@16 / aggregate 4 / RSA, step 4 | " + " | ".join(runs) + " |", "|---" * (1 + len(runs)) + "|"]
+    others = [run for run in runs if run not in ("base", "spiral")]
+    lines = ["| pass@16 / aggregate 4 / RSA, step 4 | " + " | ".join([*runs, *(f"spiral − {run}" for run in others)]) + " |", "|---" * (1 + len(runs) + len(others)) + "|"]
     for task in dict.fromkeys(row["task"] for row in runs["spiral"]):
-        found = {run: [measures(row) for row in rows if row["task"] == task] for run, rows in runs.items()}
-        lines.append(f"| {task} | " + " | ".join(" / ".join(f"{np.mean([row[name].mean() for row in rows]):.2f}" for name in names) for rows in found.values()) + " |")
+        found = {run: {row["seed"]: [measures(row)[name].mean() for name in names] for row in rows if row["task"] == task} for run, rows in runs.items()}       # by seed
+        cells = [" / ".join(f"{mean:.2f}" for mean in np.mean([*seeds.values()], 0)) for seeds in found.values()]
+        for run in others:                                   # of the same seeds
+            differences = np.array([np.subtract(found["spiral"][seed], theirs) for seed, theirs in found[run].items() if seed in found["spiral"]])
+            cells.append(" / ".join("{:+.2f} ± {:.2f}".format(*interval(column)) if len(differences) > 1 else f"{column[0]:+.2f}" for column in differences.T))
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -372,8 +377,9 @@ def draw_difficulty(folder):
     figure, axes = axes_of(3, *((name, "", "") for name in scores))
     for i, run in enumerate(run for run in RIVALS if run in runs):
         for axis, score in zip(axes, scores.values()):
-            mean = [np.mean([score(row).mean() for row in runs[run] if row["task"] == task]) for task in order]
-            axis.bar(np.arange(len(order)) + 0.2 * i, mean, 0.18, color=RIVALS[run], label=run)
+            seeds = [[score(row).mean() for row in runs[run] if row["task"] == task] for task in order]
+            mean, half = zip(*map(interval, seeds))
+            axis.bar(np.arange(len(order)) + 0.2 * i, mean, 0.18, yerr=np.nan_to_num(half), color=RIVALS[run], label=run)
             axis.set_xticks(np.arange(len(order)) + 0.3, [title(task) for task in order], fontsize=7)
     finish(figure, folder / "difficulty.png", [axes[2]])
 
