@@ -101,11 +101,12 @@ class Config:
 def pick_device(name):
     """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
     try:
-        device = torch.device(name if name != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        torch.zeros(1, device=device).item()
+        probe = torch.zeros(1, device=name if name != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        probe.item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    return device
+    torch.cuda.set_device(probe.device) if probe.is_cuda else None       # that of graphs, and of messages between processes
+    return probe.device
 
 def world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)       # (rank, processes) of torchrun
 
@@ -256,14 +257,14 @@ class Samples:
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
     def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
-def shared_prefix_attention(memory, rows, owner, place, column, places, masks, module, query, key, value, allowed, scaling=None, **kwargs):
+def shared_prefix_attention(memory, rows, owner, place, column, places, module, query, key, value, allowed, scaling=None, **kwargs):
     """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: writes key and value [B, kv, 1, D] into the memory, and reads a prompt's keys
     once for all of its completions. For that the queries lie in a grid: prompts (U, and one for dead rows) x places among their completions (R)."""
     prompt_keys, prompt_values, keys, values = (tensor[module.layer_idx] for tensor in memory)   # [U, kv, L, D] twice, [B, kv, T, D] twice
     (prompts, kv, before, width), heads = prompt_keys.shape, query.shape[1]
     keys[rows, :, column], values[rows, :, column] = key[:, :, 0], value[:, :, 0]
     def spread(x):                                           # [B, kv, G, C] -> [U, kv, R * G, C]
-        grid = x.new_zeros(prompts + 1, x.shape[1], places, *x.shape[2:])
+        grid = x.new_zeros(prompts + 1, kv, places, *x.shape[2:])
         grid[owner, :, place] = x
         return grid[:-1].flatten(2, 3)
     def collect(x): return x.unflatten(2, (places, -1))[owner, :, place]                         # and back
@@ -272,11 +273,9 @@ def shared_prefix_attention(memory, rows, owner, place, column, places, masks, m
             return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, a.shape[:2])
         return a.float() @ b.float().mT
     query = query.view(len(rows), kv, -1, width) * (width ** -0.5 if scaling is None else scaling)             # [B, kv, G, D]
-    together = torch.cat([scores(spread(query), prompt_keys), spread(scores(query, keys))], -1)             # [U, kv, R * G, L + T]
-    if id(allowed) not in masks:                             # [B, 1, 1, L + T], the same in all layers of a kind
-        masks[id(allowed)] = allowed, ~spread(allowed.expand(-1, 1, query.shape[2], -1))
-    weights = together.masked_fill_(masks[id(allowed)][1], torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
-    mixed = collect(weights[..., :before] @ prompt_values) + collect(weights[..., before:]) @ values        # [B, kv, G, D]
+    weights = torch.cat([collect(scores(spread(query), prompt_keys)), scores(query, keys)], -1)             # [B, kv, G, L + T]
+    weights = weights.masked_fill_(~allowed, torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
+    mixed = collect(spread(weights[..., :before]) @ prompt_values) + weights[..., before:] @ values         # [B, kv, G, D]
     return mixed.view(len(rows), 1, heads, width), None
 
 class Slots:
@@ -289,10 +288,9 @@ class Slots:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
         self.prompts = memory(2, layers, room, heads, longest, width)                    # keys, values
         self.completions = memory(2, layers, count, heads, limit, width)
-        self.length = torch.zeros(room, dtype=torch.long, device=device)                 # of each prompt
         # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
         self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
-        self.done = torch.ones(count, dtype=torch.bool, device=device)
+        self.length, self.done = torch.zeros(room, dtype=torch.long, device=device), torch.ones(count, dtype=torch.bool, device=device)
         self.uniforms = torch.zeros(total + 1, limit + 1, dtype=torch.float64, device=device)      # the last row and column are trash
         self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()
 
@@ -333,7 +331,8 @@ def bucket(n, sizes=4):
 
 def capture(function, pool):
     """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool):                  # back to this stream even when it fails
         function()
     return graph.replay
 
@@ -345,7 +344,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
     model, device, settings = policy.model, policy.device, policy.model.config.get_text_config()
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt, and a token in each")
-    total, longest, slots, waiting = len(prompts) * num_samples, bucket(max(map(len, prompts))), policy.slots, {}     # distinct prompt -> its rows
+    total, longest, slots, waiting = len(prompts) * num_samples, bucket(max(map(len, prompts)), 8), policy.slots, {}     # distinct prompt -> its rows
     for i, prompt in enumerate(prompts):
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
@@ -370,17 +369,28 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         slots.tokens[row, column], slots.logprobs[row, column] = slots.token[s], logprob
         step += ~done
         done |= (slots.token[s, None] == slots.eos_ids).any(-1) | (step >= max_new_tokens)
+    def prefill(batch, new, these):
+        """(prompt, rows of the output) each into the prompts `these`, and the first token of each row into the slots `new`."""
+        padded = pad([prompt for prompt, _ in batch], 0, device)                                         # [U, L]
+        hidden = hidden_states(model, padded, prefix := DynamicCache())                                  # causal: pads come last
+        for i, layer in enumerate(prefix.layers):
+            slots.prompts[0, i, these, :, :padded.shape[1]], slots.prompts[1, i, these, :, :padded.shape[1]] = layer.keys, layer.values
+        slots.length[these] = length = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                 # [U]
+        owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T        # [new]
+        slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = these.start + owner, place, row, 0, False
+        emit(head(model, hidden[torch.arange(len(batch), device=device), length - 1], temperature or 1.0)[owner], new)
     def decode(alive, held, before, own):
         """One token for each of the first slots, which attend to `before` columns of one of the first prompts, and `own` of theirs."""
         owner, place, column = slots.owner[:alive], slots.place[:alive], slots.step[:alive] - 1
         memory = (*slots.prompts[:, :, :held, :, :before], *slots.completions[:, :, :alive, :, :own])
-        attention = functools.partial(shared_prefix_attention, memory, torch.arange(alive, device=device), owner, place, column, places, {})
+        attention = functools.partial(shared_prefix_attention, memory, torch.arange(alive, device=device), owner, place, column, places)
         AttentionInterface.register("shared_prefix", attention)
         plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
         try:
             hidden = hidden_states(model, slots.token[:alive, None], None, slots.length[owner][:, None], before, column[:, None], own)    # [B, 1, d]
         finally:
             settings._attn_implementation = plain
+            AttentionInterface.register("shared_prefix", None)                                              # it holds the memory
         emit(head(model, hidden[:, 0], temperature or 1.0), slice(alive))
     while waiting or alive:
         # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
@@ -393,25 +403,17 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
                 if len(rows) > free:                         # more samples than slots: the rest waits
                     waiting.append((prompt, rows[free:]))
                 free -= len(batch[-1][1])
-            new, these = slice(alive, count - free), slice(held, held + len(batch))
-            padded = pad([prompt for prompt, _ in batch], 0, device)                                     # [U, L]
-            hidden = hidden_states(model, padded, prefix := DynamicCache())                              # causal: pads come last
-            for i, layer in enumerate(prefix.layers):
-                slots.prompts[0, i, these, :, :padded.shape[1]], slots.prompts[1, i, these, :, :padded.shape[1]] = layer.keys, layer.values
-            slots.length[these] = length = torch.tensor([len(prompt) for prompt, _ in batch], device=device)             # [U]
-            owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T    # [new]
-            slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = held + owner, place, row, 0, False
-            emit(head(model, hidden[torch.arange(len(batch), device=device), length - 1], temperature or 1.0)[owner], new)
+            prefill(batch, slice(alive, count - free), slice(held, held + len(batch)))
             alive, held = count - free, held + len(batch)
         # Decode: one token for every row; on a GPU eight, for a look at which rows are done waits for it
         own, before = int(slots.step[:alive].max()), int(slots.length[:held].max())
         for i in range(8 if policy.graphs or device.type == "cuda" else 1):
             shape = alive, held, before, min(own + i, max_new_tokens)
             if policy.graphs:                                # of few shapes
-                shape = min(bucket(alive), slots.count), min(bucket(held, 2), slots.room), longest, min(bucket(own + i), slots.limit)
+                shape = *map(min, map(bucket, (alive, held, before, own + i), (4, 2, 4, 4)), (slots.count, slots.room, slots.longest, slots.limit)),
             key, step = (*shape, places, max_new_tokens, temperature), functools.partial(decode, *shape)
             slots.graphs.get(key, step)()                    # the first time plainly, which warms up for the capture
-            if policy.graphs and key not in slots.graphs:
+            if policy.graphs and key not in slots.graphs and len(slots.graphs) < 128:        # some 20 MB each
                 try:
                     slots.graphs[key] = capture(step, slots.pool)
                 except RuntimeError as error:
@@ -579,7 +581,7 @@ def trained(model): return [parameter for parameter in model.parameters() if par
 def make_optimizer(model, config):
     """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
-    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False if config.shard else None)
+    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one denominator:
@@ -615,7 +617,8 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
         except torch.OutOfMemoryError:
             if config.micro_batch_tokens < 128 or config.shard:
                 raise
-            policy.slots, config.micro_batch_tokens = None, config.micro_batch_tokens // 2
+            policy.slots = loss = logprobs = log_ratio = None     # these hold memory
+            config.micro_batch_tokens //= 2
             print(f"out of memory: going on with --micro-batch-tokens {config.micro_batch_tokens}", flush=True)
             torch.cuda.empty_cache()
     model.eval()
@@ -626,7 +629,7 @@ def update(policy, optimizer, groups, num_problems, config, start_model=None):
     gradients = [master.grad for master in masters if master.grad is not None]
     whole, slices = [g for g in gradients if not isinstance(g, DTensor)], [g.to_local() for g in gradients if isinstance(g, DTensor)]
     norm = torch.hypot(torch.nn.utils.get_total_norm(whole), add_up(torch.nn.utils.get_total_norm(slices) ** 2).sqrt())
-    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm, foreach=False if config.shard else None)
+    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm, foreach=False)
     (loss, tokens, difference, entropy), norm = add_up(sums).tolist(), norm.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite and completions:
@@ -974,10 +977,7 @@ def main(arguments=None):
         config.check()
         if "RANK" in os.environ and not dist.is_initialized():           # started by torchrun
             dist.init_process_group()
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if world()[0]:
-            sys.stdout = open(os.devnull, "w")                           # one process speaks for all
+        sys.stdout = open(os.devnull, "w") if world()[0] else sys.stdout           # one process speaks for all
         if config.dry_run:
             sys.path.insert(0, str(TINY.parent))
             import plan
@@ -992,9 +992,9 @@ def main(arguments=None):
         print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
     except (ValueError, OSError, safetensors.SafetensorError) as error:      # a full disk among them
         print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
-    finally:                                                             # its threads can crash a process that ends before them
-        dist.destroy_process_group() if dist.is_initialized() else None
     return 2
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code) if "RANK" in os.environ else sys.exit(code)           # a process of torchrun: threads of its libraries can abort a slow end

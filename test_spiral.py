@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -322,6 +324,10 @@ def test_memory_kept_from_call_to_call_changes_nothing():
         torch.testing.assert_close(samples.logprobs, fresh.logprobs, rtol=0, atol=1e-5)
         seen.append(policy.slots)
     assert seen[0] is seen[1] is seen[2] is not seen[3] and seen[3] is seen[4]
+    sample(policy)
+    held = StorageWeakRef(policy.slots.prompts.untyped_storage())
+    seen, policy.slots = None, None
+    assert held.expired()                                   # not even the attention that was registered holds it
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])      # scores in bf16 would be off by 0.1
@@ -334,7 +340,7 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
     rows, column = torch.arange(8), torch.arange(8) % own
     query, allowed = 16 * torch.randn(8, heads, 1, width, dtype=dtype), torch.rand(8, 1, 1, before + own) < 0.7
     new, allowed[..., -1] = torch.randn(2, 8, kv, 1, width, dtype=dtype), True
-    found, _ = spiral.shared_prefix_attention(memory, rows, owner, place, column, places, {}, SimpleNamespace(layer_idx=1), query, *new, allowed)
+    found, _ = spiral.shared_prefix_attention(memory, rows, owner, place, column, places, SimpleNamespace(layer_idx=1), query, *new, allowed)
     assert all(torch.equal(tensor[1, b, :, column[b]], x[b, :, 0]) for tensor, x in zip(memory[2:], new) for b in range(8))
     copies = lambda prompt, mine: torch.cat([prompt[1, owner], mine[1]], 2).float()       # noqa: E731
     expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(memory[0], memory[2]), copies(memory[1], memory[3]),
@@ -402,6 +408,15 @@ def test_a_replayed_step_is_exact_after_the_weights_have_changed(name, monkeypat
                 for p in policy.model.parameters():
                     p.mul_(0.99)
     assert len(replays) > 20 and len(captured) == len(replayed.slots.graphs)              # once for each shape, in all twelve calls
+
+
+def test_graphs_are_not_captured_without_end(monkeypatch):
+    """Shapes behind the 128th are decoded plainly, with the same result."""
+    policy = copy.deepcopy(toy_policy("qwen3"))
+    sample(policy)
+    policy.graphs, policy.slots.graphs = True, dict.fromkeys(range(126))
+    monkeypatch.setattr(spiral, "capture", lambda function, pool: function)
+    assert torch.equal(sample(policy).tokens, sample(toy_policy("qwen3")).tokens) and len(policy.slots.graphs) == 128
 
 
 def test_without_cuda_graphs_it_says_so_and_goes_on(monkeypatch, capsys):
@@ -652,16 +667,25 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison):
     assert all(torch.isfinite(p).all() for p in policy.model.parameters()) and not torch.equal(before["lm_head.weight"], policy.model.lm_head.weight)
 
 
-def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch, capsys):
-    policy, whole, batches = toy_policy("qwen3"), spiral.completion_logprobs, []
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(where, monkeypatch, capsys):
+    policy, whole, batches, graphs = toy_policy("qwen3"), spiral.completion_logprobs, [], []
     groups = toy_groups(policy)
     expected, stats = gradient_of_update(policy, groups)
 
+    def too_large(gradient=None):
+        raise torch.OutOfMemoryError("too large")
+
     def limited(model, prompts, *rest):
         batches.append(len(prompts))
-        if len(batches) == 2:                               # the first micro-batch has left its gradient behind by then
-            raise torch.OutOfMemoryError("too large")
-        return whole(model, prompts, *rest)
+        if len(batches) == 2 and where == "forward":        # the first micro-batch has left its gradient behind by then
+            too_large()
+        assert len(batches) != 3 or not any(graph() for graph in graphs)          # what the failed one held is free
+        logprobs, entropies = whole(model, prompts, *rest)
+        graphs.append(weakref.ref(logprobs))
+        if len(batches) == 2:
+            logprobs.register_hook(too_large)
+        return logprobs, entropies
 
     monkeypatch.setattr(spiral, "completion_logprobs", limited)
     assert policy.slots is not None
