@@ -199,7 +199,8 @@ def compare_sampling(bench, policy, names, run, small=True):
     """Adds a row for each of `names`: run(seed) calls spiral.sample as many times. Generate repeats those calls, in turns with it.
     Not small: it takes the batches that were faster the time before, and memory is not measured."""
     arguments = lambda call: (policy, call[0][1], call[1].mask.sum(-1).tolist())                        # noqa: E731
-    _, calls = recorded("sample", lambda: run(0))                                                       # warm-up, and the trial
+    for seed in range(8 if policy.graphs else 1):                                                       # warm-up, and the trial
+        _, calls = recorded("sample", lambda: run(seed))                                                # noqa: B023, with graphs of every shape to come
     if small:
         trial = {batches: clock(lambda: [generate(*arguments(call), batches) for call in calls])[1] for batches in (1, 4)}    # noqa: B023
         bench.batches = min(trial, key=trial.get)
@@ -222,7 +223,7 @@ def compare_sampling(bench, policy, names, run, small=True):
                      lengths={"mean": statistics.mean(every), "median": statistics.median(every), "max": max(every)})
         if small:
             call = runs[-1][0][i]
-            row["memory"] = peak_memory(lambda: spiral.sample(*call[0]), policy.device)[1]              # noqa: B023
+            row["memory"] = peak_memory(lambda: spiral.sample(spiral.replace(policy, slots=None), *call[0][1:]), policy.device)[1]          # noqa: B023, its slots too
             row["their_memory"] = peak_memory(lambda: globals()[way](policy, generate(*arguments(call), batches)), policy.device)[1]     # noqa: B023
         bench.add(name, row)
     if len(names) > 1:                                       # sampling, and what both need besides: prompts, rewards, advantages
@@ -238,7 +239,7 @@ def compare_sampling(bench, policy, names, run, small=True):
 def gradient(policy, groups, way):
     """Forward and backward of the loss of `groups` in micro-batches -> the gradients, in one vector."""
     policy.model.zero_grad()
-    for prompts, owner, tokens, _, mask, advantages in spiral.micro_batches(groups, 8192):
+    for prompts, owner, tokens, _, mask, advantages in spiral.micro_batches(groups, 8192, way == "shared"):
         if way == "padded":
             before, rows = max(map(len, prompts)), list(zip([prompts[u] for u in owner.tolist()], tokens.tolist(), mask.sum(-1).tolist()))
             sequences = spiral.pad([[0] * (before - len(prompt)) + prompt + row for prompt, row, _ in rows], 0, policy.device)
@@ -407,13 +408,15 @@ def main():
 
     bench = SimpleNamespace(device=device, dtype=torch.float32, copy=copy, matmul=matmul, add=add, quick=args.quick, shrink=4 if args.quick else 1, large=args.large or cuda,
                             more=lambda done, since: len(done) < 2 or (len(done) < 7 and now() - since < (2 if args.quick else 3)))
-    for label[0] in args.cases.split(","):
-        CASES[label[0]](bench)
-    for size in QWEN if cuda else ():                        # bf16, random weights
-        bench.dtype = torch.bfloat16
-        for letter in sorted(set("bcd") & set(args.cases)):
-            label[0] = f"{letter} {size}"
-            CASES[letter](bench, QWEN[size])
+    plans = [(letter, letter, ()) for letter in args.cases.split(",")]
+    plans += [(f"{letter} {size}", letter, (QWEN[size],)) for size in QWEN for letter in sorted(set("bcd") & set(args.cases)) if cuda]      # bf16, random weights
+    for label[0], letter, sizes in plans:
+        bench.dtype = torch.bfloat16 if sizes else torch.float32
+        try:
+            CASES[letter](bench, *sizes)
+        except torch.OutOfMemoryError as error:
+            print(f"{label[0]}: {error}", flush=True)
+            torch.cuda.empty_cache()
     table(rows)
     print(f"\n{time.time() - began:.0f} s; {out}")
 
