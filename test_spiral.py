@@ -1846,14 +1846,17 @@ def test_the_planned_cache_is_that_of_the_slots(algo, monkeypatch):
     assert importlib.import_module("plan").memory_plan(config)["cache of a whole rollout"] == slots.prompts.nbytes + slots.completions.nbytes
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", [dict(hidden_size=64, intermediate_size=192), dict(hidden_size=128, intermediate_size=256, num_attention_heads=8)])
-def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):
+def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, rows, tmp_path, monkeypatch):
     """The tensors that autograd saves, weights aside, against the formula of experiments/plan.py."""
     folder = hub_folder(tmp_path, Qwen3Config(**{**HUB_SIZES, "num_hidden_layers": 3, **sizes}, head_dim=16))
     sys.path.insert(0, str(HERE / "experiments"))
     import plan
-    config = spiral.Config(model=folder, device="cpu", dtype=dtype, max_prompt_tokens=200, max_trace_tokens=56, max_aggregation_tokens=56, micro_batch_tokens=1)
+    monkeypatch.setattr(spiral, "token_logprobs", lambda model, hidden, *_: (hidden.float().sum(-1), hidden.float().detach().sum(-1)))        # they have a line of their own
+    config = spiral.Config(model=folder, device="cpu", dtype=dtype, max_prompt_tokens=200, max_trace_tokens=56, max_aggregation_tokens=56,
+                           micro_batch_tokens=200 + rows * 56)
     planned, policy, saved = plan.memory_plan(config), spiral.load_policy(config), {}
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     assert planned["parameters"] == sum(p.numel() for p in policy.model.parameters())
@@ -1866,8 +1869,9 @@ def test_the_memory_plan_is_what_the_update_keeps(sizes, dtype, tmp_path):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = spiral.hidden_states(policy.model, torch.zeros(1, 256, dtype=torch.long))
-    assert hidden.requires_grad and planned["update"] == pytest.approx(sum(count for count, _ in saved.values()), rel=0.15)
+        tokens = torch.zeros(rows, 56, dtype=torch.long)
+        logprobs, _ = spiral.completion_logprobs(policy.model, [[0] * 200], tokens[:, 0], tokens, tokens == 0, 1.0)
+    assert logprobs.requires_grad and planned["update"] == pytest.approx(sum(count for count, _ in saved.values()), rel=0.15)
 
 
 @pytest.mark.parametrize("gigabytes", [None, 0.1, 1000])

@@ -9,7 +9,8 @@ The formula, for one process (P parameters, of which T are trained; b bytes a we
     gradients, AdamW   12 T in fp32; 18 T in bf16 (2 and 4 for the gradient, 4 for the fp32 copy, 8 for AdamW); with --shard the share too
     update             tokens of the largest micro-batch x layers x what a layer keeps for the backward pass:
                        b (5 q + 5 kv + 4 f) + (8 + 4 b) d, for q = heads x width, kv = key-value heads x width, f feed-forward, d hidden
-                       (counted on Qwen3; a test compares); with --gradient-checkpointing b d a layer, and one layer whole
+                       (counted on Qwen3; a test compares), and 2 b q for each completion and token of its prompt, whose keys and values its
+                       attention reads as a copy; with --gradient-checkpointing b d a layer, and one layer whole
     logits             a chunk of 2^24, three times, in fp32
     start policy       b P once more, with --kl
     cache              2 b kv layers x (completion of a row, and prompt, once for all of its completions), for search or for aggregation,
@@ -49,12 +50,15 @@ def memory_plan(config):
     q, kv = text.num_attention_heads * width, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width
     layer = size * (5 * q + 5 * kv + 4 * (getattr(text, "intermediate_size", None) or 4 * d)) + (8 + 4 * size) * d        # a token
     kept = layer + layers * size * d if config.gradient_checkpointing else layers * layer
-    longest = config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)
+    prompt, completion = config.max_prompt_tokens, max(config.max_trace_tokens, config.max_aggregation_tokens)
+    tokens = max(prompt + completion, config.micro_batch_tokens)                         # of the largest micro-batch
+    rows = min(config.num_aggregations, max(1, (tokens - prompt) // completion))         # of a set that fit into it
+    copies = rows * prompt * max(1, tokens / (prompt + rows * completion)) * (not config.gradient_checkpointing)
     traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)
     search = config.max_prompt_tokens + traces * config.max_trace_tokens                 # of a problem, if its prompt is as long as it may be
     aggregation = config.num_sets * (config.max_prompt_tokens + config.num_aggregations * config.max_aggregation_tokens) * (config.algo != "grpo")
     return {"parameters": parameters, "trained": trained, "weights": size * (held + (mine if config.lora_rank else 0)),
-            "start policy": size * parameters * (config.kl > 0), "gradients and AdamW": mine * (12 if size == 4 else 18), "update": kept * max(longest, config.micro_batch_tokens),
+            "start policy": size * parameters * (config.kl > 0), "gradients and AdamW": mine * (12 if size == 4 else 18), "update": kept * tokens + copies * layers * size * 2 * q,
             "logits": 12 * 2 ** 24, "cache of a whole rollout": 2 * size * kv * layers * config.problems * max(search, aggregation)}
 
 
