@@ -101,8 +101,8 @@ class Config:
 def pick_device(name):
     """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
     try:
-        probe = torch.zeros(1, device=name if name != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        probe.item()
+        default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" or torch.cuda.is_available() else "cpu"
+        (probe := torch.zeros(1, device=default if name in ("auto", "cuda") else name)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     torch.cuda.set_device(probe.device) if probe.is_cuda else None       # that of graphs, and of messages between processes
@@ -218,15 +218,16 @@ def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, o
     settings, positions, mask = model.config.get_text_config(), None, None
     if getattr(model, "sharded", False):
         add_up(torch.ones(1))                                # see keep_step
-    if lengths is not None:                                  # load_policy asks for SDPA: eager misreads masks of True = attend
+    if lengths is not None:
         columns = torch.arange(max(before, own), device=tokens.device)
         positions = lengths + column + columns[:tokens.shape[1]]                                                         # [B, T]
         keys = torch.cat([torch.where(columns[:before] < lengths, columns[:before], 1 << 30), lengths + columns[:own]], 1)    # [B, S]
         allowed = keys[:, None] <= positions[:, :, None]     # [B, T, S]
         kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
         near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
-        by_kind = {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}                  # [B, 1, T, S] each
-        mask = by_kind if "sliding_attention" in kinds else by_kind["full_attention" if kinds else "sliding_attention"]
+        def to_add(which): return torch.where(which[:, None], 0.0, torch.finfo(model.dtype).min).to(model.dtype)      # once, not in each layer
+        mask = to_add(allowed if kinds else near) if "sliding_attention" not in kinds else {            # [B, 1, T, S]
+            "full_attention": to_add(allowed), "sliding_attention": to_add(near)}
     past = {"cache" if [*map(int, transformers.__version__.split(".")[:2])] >= [5, 24] else "past_key_values": cache}
     return model.base_model(tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **past).last_hidden_state
 
@@ -257,7 +258,7 @@ class Samples:
     truncated: torch.Tensor      # [B] bool, no EOS within the limit
     def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
 
-def shared_prefix_attention(memory, rows, owner, place, column, places, module, query, key, value, allowed, scaling=None, **kwargs):
+def shared_prefix_attention(memory, rows, owner, place, column, places, module, query, key, value, mask, scaling=None, **kwargs):
     """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: writes key and value [B, kv, 1, D] into the memory, and reads a prompt's keys
     once for all of its completions. For that the queries lie in a grid: prompts (U, and one for dead rows) x places among their completions (R)."""
     prompt_keys, prompt_values, keys, values = (tensor[module.layer_idx] for tensor in memory)   # [U, kv, L, D] twice, [B, kv, T, D] twice
@@ -274,7 +275,7 @@ def shared_prefix_attention(memory, rows, owner, place, column, places, module, 
         return a.float() @ b.float().mT
     query = query.view(len(rows), kv, -1, width) * (width ** -0.5 if scaling is None else scaling)             # [B, kv, G, D]
     weights = torch.cat([collect(scores(spread(query), prompt_keys)), scores(query, keys)], -1)             # [B, kv, G, L + T]
-    weights = weights.masked_fill_(~allowed, torch.finfo(torch.float32).min).softmax(-1).to(values.dtype)
+    weights = weights.add_(mask).softmax(-1).to(values.dtype)
     mixed = collect(spread(weights[..., :before]) @ prompt_values) + weights[..., before:] @ values         # [B, kv, G, D]
     return mixed.view(len(rows), 1, heads, width), None
 
@@ -286,8 +287,7 @@ class Slots:
         self.sizes = self.room, self.longest, self.count, self.limit, self.total = room, longest, count, limit, total
         self.eos_ids, self.graphs = torch.tensor(policy.tokenizer.eos_ids, device=device), {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
-        self.prompts = memory(2, layers, room, heads, longest, width)                    # keys, values
-        self.completions = memory(2, layers, count, heads, limit, width)
+        self.prompts, self.completions = memory(2, layers, room, heads, longest, width), memory(2, layers, count, heads, limit, width)  # keys, values
         # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
         self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
         self.length, self.done = torch.zeros(room, dtype=torch.long, device=device), torch.ones(count, dtype=torch.bool, device=device)

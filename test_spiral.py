@@ -340,7 +340,8 @@ def test_attention_over_a_prompt_held_once_is_that_over_copies(dtype, tolerance)
     rows, column = torch.arange(8), torch.arange(8) % own
     query, allowed = 16 * torch.randn(8, heads, 1, width, dtype=dtype), torch.rand(8, 1, 1, before + own) < 0.7
     new, allowed[..., -1] = torch.randn(2, 8, kv, 1, width, dtype=dtype), True
-    found, _ = spiral.shared_prefix_attention(memory, rows, owner, place, column, places, SimpleNamespace(layer_idx=1), query, *new, allowed)
+    found, _ = spiral.shared_prefix_attention(memory, rows, owner, place, column, places, SimpleNamespace(layer_idx=1), query, *new,
+                                              torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype))
     assert all(torch.equal(tensor[1, b, :, column[b]], x[b, :, 0]) for tensor, x in zip(memory[2:], new) for b in range(8))
     copies = lambda prompt, mine: torch.cat([prompt[1, owner], mine[1]], 2).float()       # noqa: E731
     expected = torch.nn.functional.scaled_dot_product_attention(query.float(), copies(memory[0], memory[2]), copies(memory[1], memory[3]),
