@@ -225,7 +225,7 @@ def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, o
         allowed = keys[:, None] <= positions[:, :, None]     # [B, T, S]
         kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
         near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
-        def to_add(which): return torch.where(which[:, None], 0.0, torch.finfo(model.dtype).min).to(model.dtype)      # once, not in each layer
+        def to_add(which): return torch.where(which[:, None], 0.0, torch.finfo(model.dtype).min).to(model.dtype)      # layers share it, not copies
         mask = to_add(allowed if kinds else near) if "sliding_attention" not in kinds else {            # [B, 1, T, S]
             "full_attention": to_add(allowed), "sliding_attention": to_add(near)}
     past = {"cache" if [*map(int, transformers.__version__.split(".")[:2])] >= [5, 24] else "past_key_values": cache}
@@ -237,9 +237,9 @@ def head(model, hidden, temperature):
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
 
-def pad(rows, value, device):
-    """Lists of integers -> [B, longest] int64, padded on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
+def pad(rows, device):
+    """Lists of integers -> [B, longest] int64, zeros on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=0).to(device)
 
 def keep_step(model):
     """Gathering a layer takes all processes: those with fewer passes to make add passes over one token. -> their sum, times 0, for backward."""
@@ -349,12 +349,12 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
     waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
     share = min(1.0, 2 / num_samples)                        # prompts to a slot: twice what it takes as long as all their completions go on
-    room = lambda count: min(len(waiting), math.ceil(share * count) + 1)                 # noqa: E731
-    most = lambda: min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))       # noqa: E731
-    if not slots or slots.prompts.dtype != model.dtype or any(
-            has < n for has, n in zip(slots.sizes, (room(min(most(), slots.count)), longest, most(), max_new_tokens, total))):
+    def sizes():                                             # of the slots that it takes: as many as it can use, and as the memory holds
+        count = min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))
+        return min(len(waiting), math.ceil(share * count) + 1), longest, count, max_new_tokens, total
+    if not slots or slots.prompts.dtype != model.dtype or any(has < needed for has, needed in zip(slots.sizes, sizes())):
         slots = policy.slots = None                          # too small: its memory is free for the next
-        slots = policy.slots = Slots(policy, room(most()), longest, most(), max_new_tokens, total)
+        slots = policy.slots = Slots(policy, *sizes())
     room, count, alive, held = slots.room, min(total, max_rows or total, slots.count), 0, 0              # in use: slots 0..alive-1, prompts 0..held-1
     places = min(count, max(len(rows) for _, rows in waiting))
     slots.owner[:], slots.place[:], slots.row[:], slots.step[:], slots.done[:] = -1, 0, -1, 0, True       # nobody's slots work for the trash
@@ -371,7 +371,7 @@ def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, gene
         done |= (slots.token[s, None] == slots.eos_ids).any(-1) | (step >= max_new_tokens)
     def prefill(batch, new, these):
         """(prompt, rows of the output) each into the prompts `these`, and the first token of each row into the slots `new`."""
-        padded = pad([prompt for prompt, _ in batch], 0, device)                                         # [U, L]
+        padded = pad([prompt for prompt, _ in batch], device)                                         # [U, L]
         hidden = hidden_states(model, padded, prefix := DynamicCache())                                  # causal: pads come last
         for i, layer in enumerate(prefix.layers):
             slots.prompts[0, i, these, :, :padded.shape[1]], slots.prompts[1, i, these, :, :padded.shape[1]] = layer.keys, layer.values
@@ -535,7 +535,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
     """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask [B, T],
     each row True from its start. share_prefix: a prompt runs once for all its completions. Exact: the gradients are those of whole sequences."""
     device, parts, counts = tokens.device, [], mask.sum(-1).tolist()
-    lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, 0, device)       # [U], [U, L]
+    lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, device)       # [U], [U, L]
     if share_prefix:
         hidden = hidden_states(model, padded, prefix := DynamicCache())
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]                               # [U, d]
@@ -553,7 +553,7 @@ def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_
             hidden = hidden[row, step]
         else:
             sequences = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad(sequences, 0, device))[row, lengths[mine][row] + step - 1]      # [M, d]
+            hidden = hidden_states(model, pad(sequences, device))[row, lengths[mine][row] + step - 1]      # [M, d]
         parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
     row, step, *values = map(torch.cat, zip(*parts))
     return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
@@ -581,7 +581,7 @@ def trained(model): return [parameter for parameter in model.parameters() if par
 def make_optimizer(model, config):
     """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
-    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
+    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)            # foreach: as much memory again
 
 def update(policy, optimizer, groups, num_problems, config, start_model=None):
     """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one denominator:

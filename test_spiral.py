@@ -807,7 +807,7 @@ def on_gpu(function, args, kwargs):
     args, kwargs = tree_map(lambda x: x.inside if isinstance(x, OnGpu) else torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs))
     result = torch.bmm(*(x.float() for x in args[:2])) if function is torch.ops.aten.bmm.dtype else function(*args, **kwargs)       # with an out_dtype
     back = {id(x.inside): x for x in theirs}                 # of operations in place
-    return tree_map(lambda x: back.get(id(x)) if id(x) in back else OnGpu(x) if moved and isinstance(x, torch.Tensor) else x, result)
+    return tree_map(lambda x: back[id(x)] if id(x) in back else OnGpu(x) if moved and isinstance(x, torch.Tensor) else x, result)
 
 
 class WithGpu(TorchDispatchMode):
@@ -818,7 +818,7 @@ class WithGpu(TorchDispatchMode):
 @pytest.mark.parametrize("options", [dict(), dict(algo="grpo-agg", target_length=6), dict(dtype="bf16", kl=0.1, updates=2), dict(dtype="bf16", gradient_checkpointing=True)])
 def test_the_whole_step_keeps_to_its_device(options, coin_rewards, monkeypatch, tmp_path):
     """Rollout, update and checkpoint on a GPU that isn't there: the same texts and gradients as on the CPU; no operation mixes the devices."""
-    config, task, make, results = small_config(num_traces=4, **options), tasks.Countdown(), torch.tensor, []
+    config, task, make, results = small_config(**options), tasks.Countdown(), torch.tensor, []
     for name, value in dict(mem_get_info=(1 << 33, 1 << 33), memory_reserved=0, memory_allocated=0, graph_pool_handle=None, _lazy_init=None).items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
     monkeypatch.setattr(spiral, "capture", lambda function, pool: function)

@@ -130,7 +130,7 @@ def random_tokens(policy, low, high, count):
 def random_group(policy, prompt, low, high, count):
     """A Group of `count` completions of low..high tokens with made-up advantages."""
     rows, device = random_tokens(policy, low, high, count), policy.device
-    tokens, mask = spiral.pad(rows, 0, device), spiral.pad([[1] * len(row) for row in rows], 0, device).bool()
+    tokens, mask = spiral.pad(rows, device), spiral.pad([[1] * len(row) for row in rows], device).bool()
     return spiral.Group(prompt, spiral.Samples(tokens, torch.zeros(mask.shape, device=device), mask, ~mask.any(-1)), torch.randn(count, device=device))
 
 
@@ -242,8 +242,8 @@ def gradient(policy, groups, way):
     for prompts, owner, tokens, _, mask, advantages in spiral.micro_batches(groups, 8192, way == "shared"):
         if way == "padded":
             before, rows = max(map(len, prompts)), list(zip([prompts[u] for u in owner.tolist()], tokens.tolist(), mask.sum(-1).tolist()))
-            sequences = spiral.pad([[0] * (before - len(prompt)) + prompt + row for prompt, row, _ in rows], 0, policy.device)
-            real = spiral.pad([[0] * (before - len(prompt)) + [1] * (len(prompt) + n) for prompt, _, n in rows] + [[0] * sequences.shape[1]], 0, policy.device)
+            sequences = spiral.pad([[0] * (before - len(prompt)) + prompt + row for prompt, row, _ in rows], policy.device)
+            real = spiral.pad([[0] * (before - len(prompt)) + [1] * (len(prompt) + n) for prompt, _, n in rows] + [[0] * sequences.shape[1]], policy.device)
             logprobs = padded_logprobs.__wrapped__(policy.model, sequences, real[:-1], before)
         else:
             logprobs, _ = spiral.completion_logprobs(policy.model, prompts, owner, tokens, mask, 1.0, share_prefix=way == "shared")

@@ -68,10 +68,6 @@ def measure(shape, config, device, dtype):
     optimizer, phases, plain = spiral.make_optimizer(policy.model, config), {}, spiral.sample
     cuda = device.type == "cuda"
 
-    def used():                                              # by everything: the allocator's reserve, graphs and their scratch memory too
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free
-
     def timed(name, function):
         if cuda:
             torch.cuda.synchronize()
@@ -79,8 +75,10 @@ def measure(shape, config, device, dtype):
         began, result = time.perf_counter(), function()
         if cuda:
             torch.cuda.synchronize()
-        phases[name] = {"seconds": time.perf_counter() - began, 
-                        **({"peak_GiB": torch.cuda.max_memory_allocated() / 2 ** 30, "device_GiB": used() / 2 ** 30} if cuda else {})}
+        phases[name] = {"seconds": time.perf_counter() - began}
+        if cuda:                                             # device: the allocator's reserve, graphs and their scratch memory too
+            free, total = torch.cuda.mem_get_info(device)
+            phases[name] |= {"peak_GiB": torch.cuda.max_memory_allocated() / 2 ** 30, "device_GiB": (total - free) / 2 ** 30}
         return result
 
     def sample(policy, prompts, limit, *rest):
