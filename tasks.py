@@ -1,16 +1,17 @@
 """The reasoning environments, and the tokenizer of the tiny policy. A task is any object with these methods:
 
-    problems(split, count, seed) -> list     up to `count` distinct ones; "train", "validation" and "test" never share one
+    problems(split, count, seed) -> list     up to `count` distinct ones; the splits never share one
     prompt(problem) -> str                   the question, and the format of the answer
-    answer(text) -> str or None              what a completion answers, in one spelling: majority voting compares these
+    answer(text) -> str or None              what a completion answers, spelled one way: votes count these
     reward(problem, text) -> 0.0 or 1.0      the verifier; `text` is a completion, any string at all
-    question(text) -> problem                what a person asks with --ask; ValueError when it makes no sense
+    question(text) -> problem                what a person asks with --ask, or ValueError
 
-Completions are hostile input: the verifiers parse them, with bounds on length, depth and the size of integers, and never
-evaluate them. Other spellings of an answer are rewritten by tables of `pattern -> replacement`, one rule a line.
+Completions are hostile input: the verifiers parse them, with bounds on length, depth and the size of
+integers, and never evaluate them. Spellings are rewritten by tables of `pattern -> replacement`.
 Run as a program, this file is the worker process in which Math asks the math-verify library.
 """
 
+import ast
 import contextlib
 import functools
 import json
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import threading
 import zlib
-from dataclasses import dataclass
 from fractions import Fraction
 from operator import add, eq, mul, sub
 
@@ -41,8 +41,16 @@ AGGREGATE = (
     "settle their disagreements, and if all are wrong try another way. Then end with the answer in the "
     "format asked for.\n"
 )
-WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")
-MAX_ANSWER, MAX_DIGITS, MAX_DEPTH, MAX_BOXES, MAX_PROBLEM, MAX_SECONDS = 200, 9, 20, 20, 20_000, 3
+WORDS = (
+    *COUNTDOWN,
+    *ARITHMETIC,
+    ANSWER,
+    YES,
+    NO,
+    ", ",
+    "none",
+)  # each is one token of the tiny policy
+MAX_ANSWER, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 20, 20_000, 3
 
 
 class TinyTokenizer:
@@ -69,73 +77,62 @@ class TinyTokenizer:
     def decode(self, tokens):
         return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
 
-    def chat(self, text):
-        """The tokens of a prompt: markers in `text` become role markers."""
+    def chat(self, text):  # markers in `text` become role markers
         allowed = set(self.markers)
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
 
 # ---- What a completion answers ------------------------------------------------------------------
 
-ANSWER_LINE = re.compile(r"answer(?: is)?[*_ ]{0,4}[:：]", re.IGNORECASE)
-DECORATION = re.compile(r"(?:[\s$*`}]|\\[(\[])*")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-
 
 def rules(table):
-    """[(pattern, replacement)] of a table."""
-    lines = [line.partition(" ->") for line in table.strip().splitlines()]
-    return [(re.compile(pattern), replacement[1:]) for pattern, _, replacement in lines]
+    """[pattern, replacement] of each line."""
+    return [re.split(" -> ?", line) for line in table.strip().splitlines()]
 
 
 def rewrite(text, table):
     for pattern, replacement in table:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     return text
 
 
+def balanced(opening, closing):
+    """A pattern of text in which these brackets match."""
+    pattern = other = f"[^{opening}{closing}]"
+    for _ in range(MAX_DEPTH):
+        pattern = f"(?:{other}|[{opening}]{pattern}*[{closing}])"
+    return pattern + "*"
+
+
+ANSWER_LINE = re.compile(r"answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*", re.IGNORECASE)
+BOX = re.compile(
+    rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|([-−]?[0-9][^\s$}}]*|[A-Za-z](?![A-Za-z])))"
+)
+
+
 def after_thought(text):
-    """What follows a thought: nothing when it never ends."""
-    said = text.rpartition("</think>")[2]
-    return "" if "<think>" in said else said
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def extract_answer(text):
-    """The line at, or after, the last "Answer:", without decoration; None when there is none, or an empty one."""
+    """What follows the last "Answer:" on its line, or the next, without decoration; None: nothing."""
     said = after_thought(text)
     ends = [match.end() for match in ANSWER_LINE.finditer(said)]
-    if not ends:
-        return None
-    start = DECORATION.match(said, ends[-1]).end()
-    return said[start : start + MAX_ANSWER].split("\n")[0].rstrip(" \t\r.$*`") or None
-
-
-def box_content(rest):
-    r"""What `rest`, which follows a \boxed, has in its braces, or its first number or letter; None when there is none."""
-    if not rest.startswith("{"):
-        bare = re.match(r"[-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])", rest)
-        return bare and bare[0]
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i]
-    return None
+    line = said[ends[-1] :][:MAX_ANSWER].split("\n")[0] if ends else ""
+    return line.rstrip(" \t\r.$*`") or None
 
 
 def final_answer(text):
-    r"""What the last whole \boxed{...} holds, else the last "Answer:" line, else ""."""
-    said = after_thought(text)
-    for match in list(BOX.finditer(said))[: -MAX_BOXES - 1 : -1]:
-        content = box_content(said[match.end() : match.end() + MAX_ANSWER + 2])
-        if content is not None:
-            return content
-    return extract_answer(text) or ""
+    r"""What the last \boxed{...} holds, else the last "Answer:" line, else ""."""
+    boxes = [match[1] or match[2] or "" for match in BOX.finditer(after_thought(text))]
+    short = [box for box in boxes if len(box) <= MAX_ANSWER]
+    return short[-1] if short else extract_answer(text) or ""
 
 
 # ---- Expressions --------------------------------------------------------------------------------
 
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": Fraction}
+NODES = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
 EXPRESSION = rules(r"""
 [−–—] -> -
 (?<=[0-9])(?:\{,\}|\\?,|[\u2009\u202f\u00a0 ])(?=[0-9]{3}(?![0-9])) ->
@@ -149,79 +146,35 @@ EXPRESSION = rules(r"""
 """)
 
 
-@dataclass
-class Expression:
-    """text, with only the parentheses it needs; precedence: 1 of a sum, 2 of a product, 3 of a number."""
-
-    value: Fraction
-    text: str
-    precedence: int
-    integers: list
-
-
-def integer(number):
-    return Expression(number, str(number), 3, [number])
-
-
-def combine(left, operator, right):
-    if operator == "/" and right.value == 0:
-        raise ValueError("division by zero")
-    value = OPERATIONS[operator](left.value, right.value)
-    mine = 1 if operator in "+-" else 2
-    lower = right.precedence < mine or (right.precedence == mine and operator in "-/")
-    first = f"({left.text})" if left.precedence < mine else left.text
-    second = f"({right.text})" if lower else right.text
-    return Expression(value, first + operator + second, mine, left.integers + right.integers)
-
-
-def parse_sum(tokens, depth):
-    return parse_chain(tokens, depth, "+-", parse_product)
-
-
-def parse_product(tokens, depth):
-    return parse_chain(tokens, depth, "*/", parse_atom)
-
-
-def parse_chain(tokens, depth, operators, parse_operand):
-    left = parse_operand(tokens, depth)
-    while tokens[0] in operators:
-        operator = tokens.pop(0)
-        left = combine(left, operator, parse_operand(tokens, depth))
-    return left
-
-
-def parse_atom(tokens, depth):
-    token = tokens.pop(0)
-    if token == "(" and depth < MAX_DEPTH:
-        inside = parse_sum(tokens, depth + 1)
-        if tokens.pop(0) == ")":
-            return inside
-    elif re.fullmatch(r"[0-9]{1,%d}" % MAX_DIGITS, token):
-        return integer(int(token))
-    raise ValueError("not an expression")
+def calculate(tree):
+    if isinstance(tree, ast.Constant):
+        return Fraction(tree.value)
+    if not isinstance(tree, ast.BinOp):
+        raise ValueError("not an expression")
+    return NODES[type(tree.op)](calculate(tree.left), calculate(tree.right))
 
 
 def evaluate(text):
-    """The Expression of a text with + - * / and parentheses. Raises ValueError for anything else: over
-    200 characters, 9 digits or 20 parentheses deep, `**`, signs, division by 0."""
-    if len(text) > MAX_ANSWER:
-        raise ValueError("too long")
-    tokens = re.findall(r"[0-9]+|\S", text) + ["end"]
-    expression = parse_sum(tokens, 0)
-    if tokens != ["end"]:
-        raise ValueError("not an expression")
-    return expression
+    """(value, integers, spelling) of an expression with + - * / and parentheses. Raises ValueError for
+    anything else: over 200 characters, 9 digits or 20 parentheses, `**`, signs, division by 0."""
+    short = re.fullmatch(r"[-+*/() 0-9]{1,200}", text) and not re.search("[0-9]{10}", text)
+    if not short or text.count("(") > MAX_DEPTH:
+        raise ValueError("not a short expression")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        integers = [int(digits) for digits in re.findall("[0-9]+", text)]
+        return calculate(tree), integers, ast.unparse(tree).replace(" ", "")
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        raise ValueError("not an expression of + - * /") from None
 
 
 def equation(text):
-    """The Expressions of an equation's sides, or of one expression; [] unless all have one value."""
-    if len(text) > MAX_ANSWER:
-        return []
+    """What `evaluate` says of each side of an equation; [] unless all have one value."""
     try:
-        sides = [evaluate(side) for side in rewrite(text, EXPRESSION).split("=")]
+        sides = [evaluate(side) for side in rewrite(text[: 2 * MAX_ANSWER], EXPRESSION).split("=")]
     except ValueError:
         return []
-    return sides if len({side.value for side in sides}) == 1 else []
+    return sides if len({value for value, _, _ in sides}) == 1 else []
 
 
 def apply(a, operator, b, limit):
@@ -232,19 +185,28 @@ def apply(a, operator, b, limit):
     return value if 0 <= value <= limit else None
 
 
+def write(left, operator, right):
+    """(text, precedence) of two such pairs joined, with only the parentheses that are needed."""
+    mine = 1 if operator in "+-" else 2
+    lower = right[1] < mine or (right[1] == mine and operator in "-/")
+    first = f"({left[0]})" if left[1] < mine else left[0]
+    second = f"({right[0]})" if lower else right[0]
+    return first + operator + second, mine
+
+
 # ---- Generated tasks ----------------------------------------------------------------------------
 
 
 def split_of(text):
-    """The split a problem belongs to for ever, by a checksum: a tenth each "validation" and "test"."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
+    """The split a problem belongs to for ever, by a checksum."""
+    return ("test", "validation", *["train"] * 8)[zlib.crc32(text.encode()) % 10]
 
 
 class Task:
     """What the generated tasks share."""
 
     def problems(self, split, count, seed):
-        """Up to `count` distinct problems of the split: fewer when 10,000 draws in a row bring no new one."""
+        """Up to `count` distinct problems: fewer when 10,000 draws in a row bring no new one."""
         rng, found, misses = random.Random(f"{split} {seed}"), {}, 0
         while len(found) < count and misses < 10_000:
             problem = self.draw(rng)
@@ -259,7 +221,7 @@ class Task:
 
 
 class Countdown(Task):
-    """Reach a target with each given number used exactly once. A problem is made from a random solution."""
+    """Reach a target with each given number used exactly once. A problem is a random solution."""
 
     def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
@@ -268,17 +230,17 @@ class Countdown(Task):
 
     def attempt(self, numbers, rng):
         """A random way to combine all the numbers: (steps like "3*7=21", expression, value)."""
-        items, steps = [integer(number) for number in numbers], []
+        items, steps = [(number, (str(number), 3)) for number in numbers], []
         while len(items) > 1:
             i, j = rng.sample(range(len(items)), 2)
             operator = rng.choice("++--**/")
-            left, right = items[i], items[j]
-            value = apply(left.value, operator, right.value, 2 * self.max_target)
+            (a, left), (b, right) = items[i], items[j]
+            value = apply(a, operator, b, 2 * self.max_target)
             if value is not None:
-                steps.append(f"{left.value}{operator}{right.value}={value}")
+                steps.append(f"{a}{operator}{b}={value}")
                 rest = [item for k, item in enumerate(items) if k not in (i, j)]
-                items = [*rest, combine(left, operator, right)]
-        return steps, items[0].text, int(items[0].value)
+                items = [*rest, (value, write(left, operator, right))]
+        return steps, items[0][1][0], items[0][0]
 
     def draw(self, rng):
         while True:
@@ -301,19 +263,18 @@ class Countdown(Task):
         listed = " ".join(map(str, problem["numbers"]))
         return f"{numbers}{listed}{target}{problem['target']}{end}"
 
-    def expression(self, text):
-        """The side with the most numbers, `3*7+5` of `3*7+5 = 21+5 = 26`; None when there is no valid answer."""
+    def solution(self, text):
+        """Of `3*7+5 = 21+5 = 26` what `evaluate` says of 3*7+5, the side with the most numbers."""
         sides = equation(extract_answer(text) or final_answer(text))
-        return max(sides, key=lambda side: len(side.integers), default=None)
+        return max(sides, key=lambda side: len(side[1]), default=(None, [], None))
 
     def answer(self, text):
-        found = self.expression(text)
-        return found and found.text
+        return self.solution(text)[2]
 
     def reward(self, problem, text):
-        found = self.expression(text)
-        reached = found is not None and found.value == problem["target"]
-        return float(reached and sorted(found.integers) == sorted(problem["numbers"]))
+        value, integers, _ = self.solution(text)
+        used = sorted(integers) == sorted(problem["numbers"])
+        return float(used and value == problem["target"])
 
 
 class Arithmetic(Task):
@@ -326,20 +287,21 @@ class Arithmetic(Task):
 
     def draw(self, rng):
         while True:
-            items = [integer(rng.randint(1, self.high)) for _ in range(self.operations + 1)]
-            steps = []
+            numbers = [rng.randint(1, self.high) for _ in range(self.operations + 1)]
+            items, steps = [(number, (str(number), 3)) for number in numbers], []
             while len(items) > 1:
                 i, operator = rng.randrange(len(items) - 1), rng.choice("+-*")
-                left, right = items[i : i + 2]
-                if apply(left.value, operator, right.value, self.max_value) is None:
+                (a, left), (b, right) = items[i : i + 2]
+                value = apply(a, operator, b, self.max_value)
+                if value is None:
                     break
-                steps.append([left.value, operator, right.value])
-                items[i : i + 2] = [combine(left, operator, right)]
+                steps.append([a, operator, b])
+                items[i : i + 2] = [(value, write(left, operator, right))]
             else:
-                return {"expression": items[0].text, "value": items[0].value, "steps": steps}
+                return {"expression": items[0][1][0], "value": items[0][0], "steps": steps}
 
     def question(self, text):
-        return {"expression": text.replace(" ", ""), "value": int(evaluate(text).value)}
+        return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
 
     def key(self, problem):
         return problem["expression"]
@@ -348,15 +310,13 @@ class Arithmetic(Task):
         return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
 
     def answer(self, text):
-        """The integer on the answer line, `26` of `3*7+5 = 26`; without such a line the last one of the text."""
+        """The integer on the answer line; without such a line the last one of the text."""
         said = extract_answer(text)
         if said is None:
             numbers = re.findall(r"(?:(?<![0-9)])[-−–])?[0-9][0-9,.]*", after_thought(text))
             said = numbers[-1] if numbers else ""
-        for side in equation(said):
-            if len(side.integers) == 1:
-                return side.text
-        return None
+        integers = [spelling for *_, spelling in equation(said) if spelling.isdigit()]
+        return integers[0] if integers else None
 
     def reward(self, problem, text):
         return float(self.answer(text) == str(problem["value"]))
@@ -364,17 +324,17 @@ class Arithmetic(Task):
 
 # ---- Math: answers in LaTeX ---------------------------------------------------------------------
 
-SYMBOLS = r"""
-−- –- —- ‒- √\sqrt ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ⅕\frac15 ⅛\frac18 π\pi θ\theta
-α\alpha β\beta γ\gamma λ\lambda μ\mu φ\phi ω\omega ∞\infty ∅\emptyset ≤\le ≥\ge ≠\ne ≈\approx ∪\cup
-∩\cap ∈\in ·\cdot ⋅\cdot ×\times ÷/ ±\pm ⁄/ ∕/ ⁰^0 ¹^1 ²^2 ³^3 ⁴^4 ⁵^5 ⁶^6 ⁷^7 ⁸^8 ⁹^9
+CHARACTERS = r"""
+−- –- —- ‒- √\sqrt ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ⅕\frac15 ⅛\frac18 π\pi θ\theta α\alpha
+β\beta γ\gamma λ\lambda μ\mu φ\phi ω\omega ∞\infty ∅\emptyset ≤\le ≥\ge ≠\ne ≈\approx ∪\cup ∩\cap ∈\in
+·\cdot ⋅\cdot ×\times ÷/ ±\pm ⁄/ ∕/ ⁰^0 ¹^1 ²^2 ³^3 ⁴^4 ⁵^5 ⁶^6 ⁷^7 ⁸^8 ⁹^9
 """
 # A space is written ~ from the first rule on. Words of \text{...} end up in quotation marks.
 LATEX = rules(r"""
 (?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+ -> ~
-["“”`]|^\*+|\*+$ ->
+["“”`]|^~?\*+|\*+~?$ ->
 \\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\} -> "\1"
-(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z]) ->
+(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z]) ->
 (?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\} ->
 (?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°] ->
 \{([,:])\} -> \1
@@ -382,10 +342,8 @@ LATEX = rules(r"""
 \{([^{}]*)\\over~?([^{}]*)\} -> \\frac{\1}{\2}
 \\frac~?([0-9])~?(?=[0-9{]) -> \\frac{\1}
 (\\frac\{[^{}]*\})~?([0-9]) -> \1{\2}
-(?<![A-Za-z\\])sqrt -> \\sqrt
-\\sqrt~?\(([^()]*)\) -> \\sqrt{\1}
-\\sqrt~?([0-9]+|[A-Za-z]) -> \\sqrt{\1}
-(?<![A-Za-z\\])(sin|cos|tan|log|ln|pi|infty)(?![A-Za-z]) -> \\\1
+\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z]) -> \\\1
+\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z])) -> \\sqrt{\1\2}
 \\(le|ge|ne)(?:q|qslant|slant)(?![a-z]) -> \\\1
 \\varnothing|\\\{~?\\\} -> \\emptyset
 \\langle -> (
@@ -400,99 +358,93 @@ LATEX = rules(r"""
 ([_^])\{(.)\} -> \1\2
 \^([0-9])\^([0-9]) -> ^{\1\2}
 \\(?:cdot|times)(?=\\sqrt|\\pi|[a-z]) ->
+^(.*)\\pm~?(.*)$ -> \1+\2,\1-\2
 """)
-# An entry holds the names of one unit; a plural s is understood.
+# A plural s is understood. A single letter may be a variable, unless it is text.
 UNITS = """
-mm=millimeter cm=centimeter=centimetre m=meter=metre km=kilometer=kilometre inch=in foot=feet=ft yard=yd
-mile=mi g=gram kg=kilogram mg pound=lb ounce=oz ton second=sec=s minute=min hour=hr=h day week month year
-liter=litre=L ml gallon quart pint acre unit degree=deg radian=rad dollar cent euro rupee mph=mi/h=miles~per~hour
-km/h=kph m/s ft/s N J W V Hz pm=p.m am=a.m percent people=person child=children man=men woman=women student
-boy girl apple orange book page car ball marble coin egg cookie box bag ticket game point time way number
-integer solution piece slice item tree bird cat dog fish chair table pencil pen card side edge face triangle
-vertex=vertices hundredth friend bottle cup glass shirt shoe flower rose candy candies stamp sticker toy class
+mm cm m km centimeter centimetre meter metre kilometer inch foot feet ft yard yd mile mi acre g gram kg
+kilogram mg pound lb ounce oz ton second sec s minute min hour hr h day week month year L liter ml gallon
+gal quart pint unit degree deg radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm am
+percent people person child children man men woman women student boy girl apple orange book page car ball
+marble coin egg cookie box bag ticket game point time way number integer solution piece slice item tree bird
+cat dog fish chair table pencil pen card side edge face triangle vertices friend bottle cup shirt flower toy
 """
-UNIT_NAMES = {name: entry.split("=")[0] for entry in UNITS.split() for name in entry.split("=")}
-UNIT = re.compile(  # a single letter may be a variable, unless it is text
+UNIT_NAMES = rules(r"""
+(?:^|(?<=kilo)|(?<=centi))met(?:er|re) -> m
+kilo -> k
+centi -> c
+foot|feet -> ft
+hour|hr -> h
+minute -> min
+second|sec -> s
+pound -> lb
+""")
+UNIT = re.compile(
     r'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{2}))(%s)(?:e?s)?\.?"?(\^[23])?\.?"?'
-    % "|".join(UNIT_NAMES)
+    % "|".join(UNITS.split())
 )
-LETTERS = r'(?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
-NAME = re.compile(rf'({LETTERS}|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*|"?(\([A-J]\))"?(?=.)')
-TEXT = re.compile(r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~]+$|^[0-9A-F]+_')
+TEXT = re.compile(r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_')
+INSIDE = balanced(r"(\[{", r")\]}")
+COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
+GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
+NAME = re.compile(
+    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
+    r'|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)|"?\(([A-J])\)"?(?=.)'
+)
+NUMERALS = rules(r"""
+\\frac\{(-?[0-9]+)\}\{([0-9]+)\} -> ~\1/\2
+(?:\\times|\\cdot|\*)~?10\^\{?(-?[0-9]{1,2})\}?$ -> e\1
+^([+-]?)~ -> \1
+""")
 NUMBER = re.compile(
-    r"([+-]?)(?:(?:([0-9]+)~)?([0-9]+)/(0*[1-9][0-9]*)"
-    r"|(?=\.?[0-9])([0-9]*)\.?([0-9]*)(?:\\overline\{?([0-9]+)\}?)?"
-    r"(?:(?:[eE]|(?:\\times|\\cdot|\*)10\^)\{?([+-]?[0-9]{1,2})\}?)?)"
+    r"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*"
+    r"|(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{?[0-9]+\}?)?)"
 )
 
 
 def number(text):
     """The Fraction that a spelling of a number means; None for anything else."""
-    plain = re.sub(r"\\frac\{(-?[0-9]+)\}\{([0-9]+)\}", r"~\1/\2", text)
-    found = NUMBER.fullmatch(re.sub("^([+-]?)~", r"\1", plain))
-    if not found or len(text) > 60:
+    plain = rewrite(text, NUMERALS)
+    if len(plain) > 60 or not NUMBER.fullmatch(plain):
         return None
-    sign, whole, top, bottom, integer_part, decimals, repeated, exponent = found.groups()
-    if bottom:
-        value = int(whole or 0) + Fraction(int(top), int(bottom))
-    else:
-        value = Fraction(f"{integer_part or 0}.{decimals or 0}")
-        if repeated:
-            value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))
-        value *= Fraction(10) ** int(exponent or 0)
-    return -value if sign == "-" else value
+    digits, _, repeated = plain.lstrip("+-").partition(r"\overline")
+    value = sum(map(Fraction, digits.split("~")))
+    if repeated:
+        period = repeated.strip("{}")
+        decimals = len(digits.partition(".")[2])
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
+    return -value if plain[0] == "-" else value
 
 
-def split_list(text):
-    """The parts between the commas outside of brackets; [] when these don't match."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return []
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def parse_value(text):
-    """A node of what has no commas and no name: a number in lowest terms, text behind a quotation mark, or LaTeX."""
+def parse_node(text):
+    """[name, value, unit]: a number in lowest terms, text behind a quotation mark, or LaTeX. Of a list
+    [name, nodes, brackets], which are {} for a set and for a bare list of anything but words."""
+    parts = COMMA.split(text)
+    if len(parts) > 1:
+        return [None, [parse_node(part) for part in parts], "()" if TEXT.search(text) else "{}"]
+    if found := NAME.match(text):
+        name = found[1] or '"' + found[2]  # of a choice: (B) 12 is as right as B
+        return [name, *parse_node(text[found.end() :])[1:]]
+    if found := GROUP.fullmatch(text):
+        node = parse_node(found[2])
+        if COMMA.search(found[2]):
+            node[2] = found[1] + found[3]
+        return node
     unit = ""
     if found := UNIT.fullmatch(text):
-        text, unit = found[1], UNIT_NAMES[found[2]] + (found[3] or "")
+        text, unit = found[1], rewrite(found[2], UNIT_NAMES) + (found[3] or "")
     value = number(text)
     if value is not None:
         text = str(value)
     elif TEXT.search(text):
         plain = re.sub(r'["{}~]', "", text)
         text = '"' + (plain.casefold() if len(plain) > 2 else plain)
-    return ["", text, unit]
-
-
-def parse_node(text):
-    """[name, value, unit], or [name, nodes, brackets] of a list. Brackets of sets and of bare lists are {}."""
-    parts = split_list(text)
-    if len(parts) > 1:
-        nodes = [parse_node(part) for part in parts]
-        words = any(node[1][:1] == '"' for node in nodes)
-        return ["", nodes, "()" if words else "{}"]
-    found = NAME.match(text)
-    if found and found.end() < len(text):
-        return [found[1] or found[2], *parse_node(text[found.end() :])[1:]]
-    inside = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
-    if not inside or not split_list(inside[2]):
-        return parse_value(text)
-    node = parse_node(inside[2])
-    if isinstance(node[1], list) and "," in inside[2]:
-        node[2] = inside[1][-1] + inside[3][-1]
-    return node
+    return [None, text, unit]
 
 
 def parse_answer(text):
-    for symbol in SYMBOLS.split():
-        text = text.replace(symbol[0], symbol[1:] + " ")
+    for character in CHARACTERS.split():
+        text = text.replace(character[0], character[1:] + " ")
     return parse_node(rewrite(text.strip(), LATEX).rstrip("."))
 
 
@@ -506,65 +458,59 @@ def spell(node):
 
 
 def settled(right, answer):
-    """Whether the spelling of two values tells if they are equal: of numbers, text, and an equation against none."""
-    numbers = re.fullmatch(r"-?[0-9/]+,-?[0-9/]+", f"{right},{answer}")
-    return right == answer or numbers or '"' in right + answer or ("=" in right) != ("=" in answer)
+    """Whether spelling tells if values are equal: of numbers, of text, of an equation and none."""
+    one_equation = ("=" in right) != ("=" in answer)
+    both = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")
+    return right == answer or one_equation or both
 
 
 def agree(right, answer, same):
-    """Whether two nodes are equal, where same(a, b) compares values. A name or unit may be missing, but not differ."""
+    """Whether nodes are equal; same(a, b) compares values. A name or unit may be missing, not differ."""
     (name, value, unit), (other_name, other_value, other_unit) = right, answer
-    for choice, bare in ((name, other_value), (other_name, value)):
-        if isinstance(bare, str) and choice == f"({bare[1:]})":
-            return True
-    if (name and other_name and name != other_name) or (unit and other_unit and unit != other_unit):
-        return False
-    if isinstance(value, str) or isinstance(other_value, str):
-        return isinstance(value, type(other_value)) and same(value, other_value)
-    if len(value) != len(other_value):
-        return False
+    if name == other_value or other_name == value:
+        return True
+    for one, other in ((name, other_name), (unit, other_unit)):
+        if one and other and one != other:
+            return False
+    if type(value) is not type(other_value) or isinstance(value, str):
+        return type(value) is type(other_value) and same(value, other_value)
     rest = list(other_value)
     for part in value:
         candidates = rest if unit == "{}" else rest[:1]
-        found = next((other for other in candidates if agree(part, other, same)), None)
-        if found is None:
+        found = [other for other in candidates if agree(part, other, same)]
+        if not found:
             return False
-        rest.remove(found)
-    return True
+        rest.remove(found[0])
+    return not rest
 
 
 worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
 
 
 def start_worker():
+    command = [sys.executable, __file__, str(MAX_SECONDS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
-        [sys.executable, __file__, str(MAX_SECONDS)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,  # Ctrl-C is not for it
-    )
+        command, **pipes, text=True, start_new_session=True
+    )  # no Ctrl-C for it
     if process.stdout.readline():
         return process
     process.wait()
-    note = "note: no math-verify (pip install math-verify): answers are compared as text and numbers only"
-    print(note, file=sys.stderr)
+    print("note: no math-verify (pip install math-verify): numbers and text alone", file=sys.stderr)
     return False
 
 
 @functools.lru_cache(maxsize=100_000)  # the completions of a problem mostly agree
-def equivalent(question):
-    """The worker's verdict on a line of JSON; False when it dies of it, or isn't there."""
+def equivalent(right, answer):
+    """The worker's verdict on two answers; False when it dies of it, or isn't there."""
     global worker
     with lock, contextlib.suppress(OSError):
-        # An interrupt loses the process, lest its reply be taken for that to the next question
-        process, worker = worker, None
+        process, worker = worker, None  # an interrupt loses the process, and with it a late reply
         if process is None or (process and process.poll() is not None):
             process = start_worker()
         reply = ""
         if process:
-            print(question, file=process.stdin, flush=True)
+            print(json.dumps([right, answer]), file=process.stdin, flush=True)
             reply = process.stdout.readline() or process.wait()
         worker = process
         return reply == "1\n"
@@ -572,53 +518,34 @@ def equivalent(question):
 
 
 def exact_library():
-    """same(right, answer) of two LaTeX texts by math-verify, without its tolerances and without eval."""
+    """same(right, answer) of LaTeX by math-verify, without its tolerances and without eval."""
     import math_verify
     import sympy.physics.units  # reads texts by eval when first imported
 
-    normalization = math_verify.parser.NormalizationConfig(
-        basic_latex=True, malformed_operators=True, nits=True, boxed="none"
-    )
-    config = [math_verify.LatexExtractionConfig(normalization_config=normalization)]
-
     def read_number(code, *scopes):  # sympy reads even numbers by eval, and only numbers
-        return sympy.Rational(re.fullmatch(r"(?:Integer|Float) \('?([0-9.]+)'? \)", code)[1])
+        return sympy.Rational(re.fullmatch(r"\w+ \('?([0-9.]+)'? \)", code)[1])
 
-    def equal_numbers(a, b, *tolerances):
-        return (a - b).doit().equals(0) is True
-
-    def equal_equations(a, b, *tolerances):
-        ratio = sympy.simplify((a.lhs - a.rhs) / (b.lhs - b.rhs))
-        turned = ratio.is_negative and isinstance(a, sympy.Eq)
-        return type(a) is type(b) and bool(ratio.is_positive or turned)
-
-    def read(
-        text,
-    ):  # as LaTeX, which has a grammar; math-verify's plain expressions go through eval
-        text = text.replace("~", " ")
-        (expression, *_) = math_verify.parse(f"${text}$", config, parsing_timeout=None)
-        floats = getattr(expression, "atoms", lambda kind: ())(sympy.Float)
-        return (
-            expression.xreplace({x: sympy.Rational(str(x)) for x in floats})
-            if floats
-            else expression
-        )
+    def equal(a, b, *tolerances):
+        return all(entry.equals(0) for entry in sympy.Matrix([(a - b).doit()]))
 
     def same(right, answer):
         if settled(right, answer):
             return right == answer
-        return math_verify.verify(read(right), read(answer), timeout_seconds=None)
+        read = math_verify.parser.parse_latex_cached
+        pair = [read(text.replace("~", " ")) for text in (right, answer)]
+        return math_verify.verify(*pair, timeout_seconds=None)
 
     sympy.parsing.sympy_parser.eval_expr = read_number
-    math_verify.grader.sympy_numeric_eq = equal_numbers
-    math_verify.grader.sympy_solve_and_compare = equal_equations
-    assert same(r"\frac{1}{2}+x", "x+0.5") and not same("x", "y")
+    grader = math_verify.grader
+    grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
+    grader.sympy_numeric_eq = grader.sympy_symbolic_eq = equal
+    assert same(r"\frac{1}{2}+x", "x+0.5")
     return same
 
 
 def serve(seconds):
-    """The worker: a line 1 or 0 for each line [right, answer] of standard input, until that ends. When a pair takes
-    too long the kernel ends the process by an alarm, which also holds when the parent asks from a thread, or is gone."""
+    """The worker: a line 1 or 0 for each line [right, answer] of standard input. When a pair takes too
+    long the kernel ends the process by an alarm, also when the parent asks from a thread, or is gone."""
     import resource  # not on Windows, where the alarm is missing as well
 
     replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
@@ -631,14 +558,18 @@ def serve(seconds):
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.alarm(seconds)
-        verdict = int(agree(*json.loads(line), same))
+        right, answer = map(parse_answer, json.loads(line))
+        try:
+            verdict = int(agree(right, answer, same))
+        except Exception:  # LaTeX that the library can't read
+            verdict = 0
         signal.alarm(0)
         print(verdict, file=replies, flush=True)
 
 
 class Math:
-    """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
-    "split": "train", "validation" or "test" (else a checksum decides). Of equal problems the first counts."""
+    """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and,
+    if you like, a "split" (else a checksum decides). Of equal problems the first counts."""
 
     def __init__(self, path=""):
         self.path, self.rows = path, {}
@@ -690,30 +621,28 @@ class Math:
         return spell(parse_answer(final_answer(text))) or None
 
     def reward(self, problem, text):
-        right, answer = parse_answer(problem["answer"]), parse_answer(final_answer(text))
-        if not answer[1] or agree(right, answer, eq):
-            return float(answer[1] != "")
-        values = [right[1], answer[1]]
-        if isinstance(values[0], str) and isinstance(values[1], str) and settled(*values):
+        texts = problem["answer"], final_answer(text)
+        right, answer = map(parse_answer, texts)
+        if not right[1] or not answer[1]:
             return 0.0
-        return float(equivalent(json.dumps([right, answer])))
+        return float(agree(right, answer, eq) or equivalent(*texts))
 
 
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
 
 
 def make_task(name, data=""):
-    """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a file `data`.
-    Raises ValueError for others."""
-    kind, _, options = name.partition(":")
-    if kind.strip() not in TASKS:
+    """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a
+    file `data`. Raises ValueError for others."""
+    kind, _, options = name.replace(" ", "").partition(":")
+    if kind not in TASKS:
         raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
-    if data and kind.strip() != "math":
+    if data and kind != "math":
         raise ValueError(f"task {kind} takes no --data {data}")
     try:
-        pairs = [pair.split("=") for pair in options.split(",") if pair.strip()]
-        chosen = {key.strip(): int(value) for key, value in pairs}
-        return TASKS[kind.strip()](*[data] * bool(data), **chosen)
+        pairs = [pair.split("=") for pair in options.split(",") if pair]
+        chosen = {key: int(value) for key, value in pairs}
+        return TASKS[kind](*[data] * bool(data), **chosen)
     except (TypeError, ValueError) as error:
         raise ValueError(f"task {name}: {error}") from None
 
