@@ -1,14 +1,13 @@
-"""The reasoning environments, and the tokenizer of the tiny policy. A task is any object with these methods:
+"""The reasoning environments, and the tokenizer of the tiny policy. A task is an object with methods
 
     problems(split, count, seed) -> list     up to `count` distinct ones; the splits never share one
     prompt(problem) -> str                   the question, and the format of the answer
-    answer(text) -> str or None              what a completion answers, spelled one way: votes count these
+    answer(text) -> str or None              what a completion answers, spelled one way: votes count it
     reward(problem, text) -> 0.0 or 1.0      the verifier; `text` is a completion, any string at all
     question(text) -> problem                what a person asks with --ask, or ValueError
 
-Completions are hostile input: the verifiers parse them, with bounds on length, depth and the size of
-integers, and never evaluate them. Spellings are rewritten by tables of `pattern -> replacement`.
-Run as a program, this file is the worker process in which Math asks the math-verify library.
+Completions are hostile input: they are parsed, with bounds on length, depth and the size of integers,
+and never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
 """
 
 import ast
@@ -18,12 +17,12 @@ import json
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 import zlib
 from fractions import Fraction
 from operator import add, eq, mul, sub
+from subprocess import DEVNULL, PIPE, Popen
 
 import tiktoken
 
@@ -35,12 +34,6 @@ COUNTDOWN = (
     '\nThink step by step, then end with one line "Answer: <expression>".\n',
 )
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
-CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
-AGGREGATE = (
-    "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, "
-    "settle their disagreements, and if all are wrong try another way. Then end with the answer in the "
-    "format asked for.\n"
-)
 WORDS = (
     *COUNTDOWN,
     *ARITHMETIC,
@@ -49,13 +42,20 @@ WORDS = (
     NO,
     ", ",
     "none",
-)  # each is one token of the tiny policy
+)  # each is one token to the tiny policy
+CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
+AGGREGATE = (
+    "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, "
+    "settle their disagreements, and if all are wrong try another way. Then end with the answer in "
+    "the format asked for.\n"
+)
+SPLITS = ("test", "validation", *["train"] * 8)
 MAX_ANSWER, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 20, 20_000, 3
 
 
 class TinyTokenizer:
-    """A tiktoken encoding built here. Integers below 1000, the tasks' WORDS and the role markers are
-    single tokens, so that readable prompts stay short."""
+    """A tiktoken encoding built here. Integers below 1000, the tasks' WORDS and the role markers
+    are single tokens, so that readable prompts stay short."""
 
     def __init__(self):
         words = [*WORDS, *map(str, range(10, 1000))]
@@ -82,16 +82,10 @@ class TinyTokenizer:
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
 
-# ---- What a completion answers ------------------------------------------------------------------
-
-
-def rules(table):
-    """[pattern, replacement] of each line."""
-    return [re.split(" -> ?", line) for line in table.strip().splitlines()]
-
-
 def rewrite(text, table):
-    for pattern, replacement in table:
+    """Apply each rule pattern=>replacement of a table; there are no spaces in a rule."""
+    for rule in table.split():
+        pattern, replacement = rule.split("=>")
         text = re.sub(pattern, replacement, text)
     return text
 
@@ -104,10 +98,9 @@ def balanced(opening, closing):
     return pattern + "*"
 
 
-ANSWER_LINE = re.compile(r"answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*", re.IGNORECASE)
-BOX = re.compile(
-    rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|([-−]?[0-9][^\s$}}]*|[A-Za-z](?![A-Za-z])))"
-)
+ANSWER_LINE = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*")
+BARE = r"[-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])"
+BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))")
 
 
 def after_thought(text):
@@ -116,9 +109,8 @@ def after_thought(text):
 
 def extract_answer(text):
     """What follows the last "Answer:" on its line, or the next, without decoration; None: nothing."""
-    said = after_thought(text)
-    ends = [match.end() for match in ANSWER_LINE.finditer(said)]
-    line = said[ends[-1] :][:MAX_ANSWER].split("\n")[0] if ends else ""
+    parts = ANSWER_LINE.split(after_thought(text))
+    line = parts[-1][:MAX_ANSWER].split("\n")[0] if len(parts) > 1 else ""
     return line.rstrip(" \t\r.$*`") or None
 
 
@@ -129,49 +121,38 @@ def final_answer(text):
     return short[-1] if short else extract_answer(text) or ""
 
 
-# ---- Expressions --------------------------------------------------------------------------------
-
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": Fraction}
 NODES = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
-EXPRESSION = rules(r"""
-[−–—] -> -
-(?<=[0-9])(?:\{,\}|\\?,|[\u2009\u202f\u00a0 ])(?=[0-9]{3}(?![0-9])) ->
-\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\} -> (\1/\2)
-\\(?:boxed|fbox|left|right|[,;! ()\[\]])|[$`] ->
-\\(?:times|cdot|ast)|[×·⋅∙∗]|(?<=[0-9)\] ])[xX](?=[0-9(\[ ]) -> *
-\\div|[÷⁄∕] -> /
-[\[{<] -> (
-[\]}>] -> )
-^[\s=]+|[\s,;.!✓✔✅]+$ ->
-""")
+SHORT = re.compile(r"(?!.*[0-9]{10})(?!(?:[^(]*\(){21})[-+*/() 0-9]{1,200}")
+EXPRESSION = r"""
+[−–—]=>- (?<=[0-9])(?:\{,\}|\\?,|[\u2009\u202f\u00a0\x20])(?=[0-9]{3}(?![0-9]))=>
+\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}=>(\1/\2) \\(?:boxed|fbox|left|right|[,;!\s()\[\]])|[$`]=>
+\\(?:times|cdot|ast)|[×·⋅∙∗]|(?<=[0-9)\]\s])[xX](?=[0-9(\[\s])=>* \\div|[÷⁄∕]=>/
+[\[{<]=>( [\]}>]=>) ^[\s=]+|[\s,;.!✓✔✅]+$=>
+"""
 
 
 def calculate(tree):
     if isinstance(tree, ast.Constant):
         return Fraction(tree.value)
-    if not isinstance(tree, ast.BinOp):
-        raise ValueError("not an expression")
     return NODES[type(tree.op)](calculate(tree.left), calculate(tree.right))
 
 
 def evaluate(text):
     """(value, integers, spelling) of an expression with + - * / and parentheses. Raises ValueError for
     anything else: over 200 characters, 9 digits or 20 parentheses, `**`, signs, division by 0."""
-    short = re.fullmatch(r"[-+*/() 0-9]{1,200}", text) and not re.search("[0-9]{10}", text)
-    if not short or text.count("(") > MAX_DEPTH:
-        raise ValueError("not a short expression")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(SHORT.fullmatch(text.strip())[0], mode="eval").body
         integers = [int(digits) for digits in re.findall("[0-9]+", text)]
         return calculate(tree), integers, ast.unparse(tree).replace(" ", "")
-    except (SyntaxError, KeyError, ZeroDivisionError):
-        raise ValueError("not an expression of + - * /") from None
+    except (SyntaxError, TypeError, AttributeError, KeyError, ZeroDivisionError):
+        raise ValueError(f"{text[:MAX_ANSWER]!r} is no short expression with + - * /") from None
 
 
 def equation(text):
     """What `evaluate` says of each side of an equation; [] unless all have one value."""
     try:
-        sides = [evaluate(side) for side in rewrite(text[: 2 * MAX_ANSWER], EXPRESSION).split("=")]
+        sides = [evaluate(side) for side in rewrite(text, EXPRESSION).split("=")]
     except ValueError:
         return []
     return sides if len({value for value, _, _ in sides}) == 1 else []
@@ -194,12 +175,9 @@ def write(left, operator, right):
     return first + operator + second, mine
 
 
-# ---- Generated tasks ----------------------------------------------------------------------------
-
-
 def split_of(text):
     """The split a problem belongs to for ever, by a checksum."""
-    return ("test", "validation", *["train"] * 8)[zlib.crc32(text.encode()) % 10]
+    return SPLITS[zlib.crc32(text.encode()) % 10]
 
 
 class Task:
@@ -250,10 +228,10 @@ class Countdown(Task):
                 return {"numbers": numbers, "target": target, "steps": steps, "solution": solution}
 
     def question(self, text):
-        *numbers, target = [int(n) for n in re.findall(r"[0-9]{1,9}", text)] or [0]
-        if not 2 <= len(numbers) <= 6:
+        numbers = [int(digits) for digits in re.findall(r"[0-9]{1,9}", text)]
+        if not 3 <= len(numbers) <= 7:
             raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
-        return {"numbers": numbers, "target": target}
+        return {"numbers": numbers[:-1], "target": numbers[-1]}
 
     def key(self, problem):
         return f"{sorted(problem['numbers'])} {problem['target']}"
@@ -263,18 +241,18 @@ class Countdown(Task):
         listed = " ".join(map(str, problem["numbers"]))
         return f"{numbers}{listed}{target}{problem['target']}{end}"
 
-    def solution(self, text):
-        """Of `3*7+5 = 21+5 = 26` what `evaluate` says of 3*7+5, the side with the most numbers."""
-        sides = equation(extract_answer(text) or final_answer(text))
-        return max(sides, key=lambda side: len(side[1]), default=(None, [], None))
-
     def answer(self, text):
-        return self.solution(text)[2]
+        """Of `3*7+5 = 21+5 = 26` the side with the most numbers, 3*7+5."""
+        sides = equation(extract_answer(text) or final_answer(text))
+        return max(sides, key=lambda side: len(side[1]), default=(0, [], None))[2]
 
     def reward(self, problem, text):
-        value, integers, _ = self.solution(text)
-        used = sorted(integers) == sorted(problem["numbers"])
-        return float(used and value == problem["target"])
+        right = problem["target"], sorted(problem["numbers"])
+        sides = equation(self.answer(text) or "")
+        return float(any((value, sorted(integers)) == right for value, integers, _ in sides))
+
+
+LAST_INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
 
 
 class Arithmetic(Task):
@@ -311,74 +289,58 @@ class Arithmetic(Task):
 
     def answer(self, text):
         """The integer on the answer line; without such a line the last one of the text."""
-        said = extract_answer(text)
-        if said is None:
-            numbers = re.findall(r"(?:(?<![0-9)])[-−–])?[0-9][0-9,.]*", after_thought(text))
-            said = numbers[-1] if numbers else ""
-        integers = [spelling for *_, spelling in equation(said) if spelling.isdigit()]
-        return integers[0] if integers else None
+        integers = re.findall(LAST_INTEGER, after_thought(text))
+        sides = equation(extract_answer(text) or "".join(integers[-1:]))
+        return next((spelling for _, _, spelling in sides if spelling.isdigit()), None)
 
     def reward(self, problem, text):
         return float(self.answer(text) == str(problem["value"]))
 
 
-# ---- Math: answers in LaTeX ---------------------------------------------------------------------
-
-CHARACTERS = r"""
-−- –- —- ‒- √\sqrt ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ⅕\frac15 ⅛\frac18 π\pi θ\theta α\alpha
-β\beta γ\gamma λ\lambda μ\mu φ\phi ω\omega ∞\infty ∅\emptyset ≤\le ≥\ge ≠\ne ≈\approx ∪\cup ∩\cap ∈\in
-·\cdot ⋅\cdot ×\times ÷/ ±\pm ⁄/ ∕/ ⁰^0 ¹^1 ²^2 ³^3 ⁴^4 ⁵^5 ⁶^6 ⁷^7 ⁸^8 ⁹^9
+# A space is written ~ from the start, and words of \text{...} end up in quotation marks.
+LATEX = r"""
+[−–—‒]=>-~ √=>\\sqrt~ ½=>\\frac12~ ⅓=>\\frac13~ ⅔=>\\frac23~ ¼=>\\frac14~ ¾=>\\frac34~ ∞=>\\infty~
+π=>\\pi~ θ=>\\theta~ α=>\\alpha~ β=>\\beta~ γ=>\\gamma~ λ=>\\lambda~ μ=>\\mu~ φ=>\\phi~ ω=>\\omega~
+∅=>\\emptyset~ ≤=>\\le~ ≥=>\\ge~ ≠=>\\ne~ ≈=>\\approx~ ∪=>\\cup~ ∩=>\\cap~ ∈=>\\in~ ±=>\\pm~
+[·⋅]=>\\cdot~ ×=>\\times~ [÷⁄∕]=>/ ⁰=>^0~ ¹=>^1~ ²=>^2~ ³=>^3~ ⁴=>^4~ ⁵=>^5~ ⁶=>^6~ ⁷=>^7~ ⁸=>^8~ ⁹=>^9~
+(?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+=>~ ["“”`]|^~?\*+|\*+~?$=>
+\\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\}=>"\1"
+(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z])=>
+(?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\}=> \{([,:])\}=>\1
+(?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°]=> \\[dtc]frac=>\\frac
+\{([^{}]*)\\over~?([^{}]*)\}=>\\frac{\1}{\2} \\frac~?([0-9])~?(?=[0-9{])=>\\frac{\1}
+(\\frac\{[^{}]*\})~?([0-9])=>\1{\2} \\(le|ge|ne)(?:q|qslant|slant)(?![a-z])=>\\\1
+\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z])=>\\\1
+\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))=>\\sqrt{\1\2} \\langle=>( \\rangle=>)
+\\varnothing|\\\{~?\\\}=>\\emptyset (?<=.)~?\\approx.*=>
+\b(?:square|sq\.?)~([A-Za-z]+)=>\1^2 \bcubic~([A-Za-z]+)=>\1^3
+,?~*"?~*(?<![A-Za-z(])(?:or|and)(?![A-Za-z])~*"?|;=>, "([^"A-Za-z]*)"=>\1
+(?<=[0-9])(?<![0-9]{4})[,~](?=[0-9]{3}(?![0-9/]))(?![^(\[{]*[)\]}])=>
+~+(?![0-9A-Za-z])|(?<![0-9A-Za-z])~+|(?<=[0-9])~+(?=[A-Za-z])=> ([_^])\{(.)\}=>\1\2
+\^([0-9])\^([0-9])=>^{\1\2} \\(?:cdot|times)(?=\\sqrt|\\pi|[a-z])=> ^(.*)\\pm~?(.*)$=>\1+\2,\1-\2
+\.+$=> ^"?\(([A-J])\)"?(?=.)=>"\1"=
 """
-# A space is written ~ from the first rule on. Words of \text{...} end up in quotation marks.
-LATEX = rules(r"""
-(?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+ -> ~
-["“”`]|^~?\*+|\*+~?$ ->
-\\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\} -> "\1"
-(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z]) ->
-(?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\} ->
-(?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°] ->
-\{([,:])\} -> \1
-\\[dtc]frac -> \\frac
-\{([^{}]*)\\over~?([^{}]*)\} -> \\frac{\1}{\2}
-\\frac~?([0-9])~?(?=[0-9{]) -> \\frac{\1}
-(\\frac\{[^{}]*\})~?([0-9]) -> \1{\2}
-\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z]) -> \\\1
-\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z])) -> \\sqrt{\1\2}
-\\(le|ge|ne)(?:q|qslant|slant)(?![a-z]) -> \\\1
-\\varnothing|\\\{~?\\\} -> \\emptyset
-\\langle -> (
-\\rangle -> )
-(?<=.)~?\\approx.* ->
-\b(?:square|sq\.?)~([A-Za-z]+) -> \1^2
-\bcubic~([A-Za-z]+) -> \1^3
-,?~*"?~*(?<![A-Za-z(])(?:or|and)(?![A-Za-z])~*"?|; -> ,
-"([^"A-Za-z]*)" -> \1
-(?<=[0-9])(?<![0-9]{4})[,~](?=[0-9]{3}(?![0-9/]))(?![^(\[{]*[)\]}]) ->
-~+(?![0-9A-Za-z])|(?<![0-9A-Za-z])~+|(?<=[0-9])~+(?=[A-Za-z]) ->
-([_^])\{(.)\} -> \1\2
-\^([0-9])\^([0-9]) -> ^{\1\2}
-\\(?:cdot|times)(?=\\sqrt|\\pi|[a-z]) ->
-^(.*)\\pm~?(.*)$ -> \1+\2,\1-\2
-""")
+NUMERALS = r"""
+\\frac\{(-?[0-9]+)\}\{([0-9]+)\}=>~\1/\2 ^([+-]?)~=>\1
+(?:\\times|\\cdot|\*)~?10\^\{?(-?[0-9]{1,2})\}?$=>e\1
+"""
+NUMBER = re.compile(
+    r"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*"
+    r"|(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{[0-9]+\})?)"
+)
 # A plural s is understood. A single letter may be a variable, unless it is text.
 UNITS = """
 mm cm m km centimeter centimetre meter metre kilometer inch foot feet ft yard yd mile mi acre g gram kg
-kilogram mg pound lb ounce oz ton second sec s minute min hour hr h day week month year L liter ml gallon
-gal quart pint unit degree deg radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm am
-percent people person child children man men woman women student boy girl apple orange book page car ball
-marble coin egg cookie box bag ticket game point time way number integer solution piece slice item tree bird
-cat dog fish chair table pencil pen card side edge face triangle vertices friend bottle cup shirt flower toy
+kilogram mg pound lb ounce oz ton second sec s minute min hour hr h day week month year L liter ml quart
+gallon gal pint unit degree deg radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm
+am percent people person child children man men woman women student boy girl apple orange book page car
+ball marble coin egg cookie box bag ticket game point time way number integer solution piece slice item
+tree bird cat dog fish chair table pencil pen card side edge face triangle friend bottle cup shirt flower
 """
-UNIT_NAMES = rules(r"""
-(?:^|(?<=kilo)|(?<=centi))met(?:er|re) -> m
-kilo -> k
-centi -> c
-foot|feet -> ft
-hour|hr -> h
-minute -> min
-second|sec -> s
-pound -> lb
-""")
+UNIT_NAMES = """
+(?:^|(?<=kilo)|(?<=centi))met(?:er|re)=>m kilo=>k centi=>c foot|feet=>ft hour|hr=>h minute=>min
+second|sec=>s pound=>lb
+"""
 UNIT = re.compile(
     r'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{2}))(%s)(?:e?s)?\.?"?(\^[23])?\.?"?'
     % "|".join(UNITS.split())
@@ -389,31 +351,21 @@ COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
 GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
 NAME = re.compile(
     r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
-    r'|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)|"?\(([A-J])\)"?(?=.)'
-)
-NUMERALS = rules(r"""
-\\frac\{(-?[0-9]+)\}\{([0-9]+)\} -> ~\1/\2
-(?:\\times|\\cdot|\*)~?10\^\{?(-?[0-9]{1,2})\}?$ -> e\1
-^([+-]?)~ -> \1
-""")
-NUMBER = re.compile(
-    r"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*"
-    r"|(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{?[0-9]+\}?)?)"
+    r"|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)"
 )
 
 
 def number(text):
-    """The Fraction that a spelling of a number means; None for anything else."""
+    """A number in lowest terms; "" for anything else."""
     plain = rewrite(text, NUMERALS)
-    if len(plain) > 60 or not NUMBER.fullmatch(plain):
-        return None
-    digits, _, repeated = plain.lstrip("+-").partition(r"\overline")
+    if not NUMBER.fullmatch(plain):
+        return ""
+    digits, _, period = plain.strip("+-}").partition(r"\overline{")
     value = sum(map(Fraction, digits.split("~")))
-    if repeated:
-        period = repeated.strip("{}")
+    if period:
         decimals = len(digits.partition(".")[2])
         value += Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
-    return -value if plain[0] == "-" else value
+    return str(-value if plain[0] == "-" else value)
 
 
 def parse_node(text):
@@ -423,8 +375,7 @@ def parse_node(text):
     if len(parts) > 1:
         return [None, [parse_node(part) for part in parts], "()" if TEXT.search(text) else "{}"]
     if found := NAME.match(text):
-        name = found[1] or '"' + found[2]  # of a choice: (B) 12 is as right as B
-        return [name, *parse_node(text[found.end() :])[1:]]
+        return [found[1].rstrip('"').casefold(), *parse_node(text[found.end() :])[1:]]
     if found := GROUP.fullmatch(text):
         node = parse_node(found[2])
         if COMMA.search(found[2]):
@@ -433,47 +384,36 @@ def parse_node(text):
     unit = ""
     if found := UNIT.fullmatch(text):
         text, unit = found[1], rewrite(found[2], UNIT_NAMES) + (found[3] or "")
-    value = number(text)
-    if value is not None:
-        text = str(value)
+    if value := number(text):
+        text = value
     elif TEXT.search(text):
-        plain = re.sub(r'["{}~]', "", text)
-        text = '"' + (plain.casefold() if len(plain) > 2 else plain)
+        text = '"' + re.sub(r'["{}~]', "", text).casefold()
     return [None, text, unit]
 
 
 def parse_answer(text):
-    for character in CHARACTERS.split():
-        text = text.replace(character[0], character[1:] + " ")
-    return parse_node(rewrite(text.strip(), LATEX).rstrip("."))
+    return parse_node(rewrite(text, LATEX))
 
 
 def spell(node):
     """One spelling for all answers with the value of the node."""
     _, value, brackets = node
     if isinstance(value, str):
-        return value.lstrip('"').replace("~", " ")
+        return value.lstrip('"')
     parts = [spell(part) for part in value]
     return brackets[0] + ", ".join(sorted(parts) if brackets == "{}" else parts) + brackets[1]
 
 
-def settled(right, answer):
-    """Whether spelling tells if values are equal: of numbers, of text, of an equation and none."""
-    one_equation = ("=" in right) != ("=" in answer)
-    both = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")
-    return right == answer or one_equation or both
-
-
 def agree(right, answer, same):
-    """Whether nodes are equal; same(a, b) compares values. A name or unit may be missing, not differ."""
+    """Whether nodes are equal; same(a, b) compares values. Name and unit may be missing, not differ."""
     (name, value, unit), (other_name, other_value, other_unit) = right, answer
-    if name == other_value or other_name == value:
+    if name == other_value or other_name == value:  # (B) 12 is as right as B
         return True
     for one, other in ((name, other_name), (unit, other_unit)):
         if one and other and one != other:
             return False
-    if type(value) is not type(other_value) or isinstance(value, str):
-        return type(value) is type(other_value) and same(value, other_value)
+    if not isinstance(value, list) or not isinstance(other_value, list):
+        return same(value, other_value)
     rest = list(other_value)
     for part in value:
         candidates = rest if unit == "{}" else rest[:1]
@@ -487,19 +427,6 @@ def agree(right, answer, same):
 worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
 
 
-def start_worker():
-    command = [sys.executable, __file__, str(MAX_SECONDS)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(
-        command, **pipes, text=True, start_new_session=True
-    )  # no Ctrl-C for it
-    if process.stdout.readline():
-        return process
-    process.wait()
-    print("note: no math-verify (pip install math-verify): numbers and text alone", file=sys.stderr)
-    return False
-
-
 @functools.lru_cache(maxsize=100_000)  # the completions of a problem mostly agree
 def equivalent(right, answer):
     """The worker's verdict on two answers; False when it dies of it, or isn't there."""
@@ -507,7 +434,14 @@ def equivalent(right, answer):
     with lock, contextlib.suppress(OSError):
         process, worker = worker, None  # an interrupt loses the process, and with it a late reply
         if process is None or (process and process.poll() is not None):
-            process = start_worker()
+            command = [sys.executable, __file__]
+            process = Popen(
+                command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True
+            )
+            if not process.stdout.readline():
+                process.wait()
+                process = False
+                print("note: no math-verify: numbers and text are compared alone", file=sys.stderr)
         reply = ""
         if process:
             print(json.dumps([right, answer]), file=process.stdin, flush=True)
@@ -518,7 +452,7 @@ def equivalent(right, answer):
 
 
 def exact_library():
-    """same(right, answer) of LaTeX by math-verify, without its tolerances and without eval."""
+    """same(right, answer) of values, by math-verify without its tolerances, and without eval."""
     import math_verify
     import sympy.physics.units  # reads texts by eval when first imported
 
@@ -529,7 +463,8 @@ def exact_library():
         return all(entry.equals(0) for entry in sympy.Matrix([(a - b).doit()]))
 
     def same(right, answer):
-        if settled(right, answer):
+        spelled = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")  # numbers, or text
+        if right == answer or spelled or ("=" in right) != ("=" in answer):
             return right == answer
         read = math_verify.parser.parse_latex_cached
         pair = [read(text.replace("~", " ")) for text in (right, answer)]
@@ -543,13 +478,12 @@ def exact_library():
     return same
 
 
-def serve(seconds):
+def serve():
     """The worker: a line 1 or 0 for each line [right, answer] of standard input. When a pair takes too
-    long the kernel ends the process by an alarm, also when the parent asks from a thread, or is gone."""
+    long the kernel ends the process by an alarm, also when a thread of the parent asks, or it is gone."""
     import resource  # not on Windows, where the alarm is missing as well
 
     replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may have it ignored
     signal.alarm(60)
     same = exact_library()
     with contextlib.suppress(ValueError, OSError):
@@ -557,14 +491,12 @@ def serve(seconds):
     signal.alarm(0)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.alarm(seconds)
-        right, answer = map(parse_answer, json.loads(line))
-        try:
-            verdict = int(agree(right, answer, same))
-        except Exception:  # LaTeX that the library can't read
-            verdict = 0
+        signal.alarm(MAX_SECONDS)
+        verdict = False
+        with contextlib.suppress(Exception):  # LaTeX that the library can't read
+            verdict = agree(*map(parse_answer, json.loads(line)), same)
         signal.alarm(0)
-        print(verdict, file=replies, flush=True)
+        print(int(verdict), file=replies, flush=True)
 
 
 class Math:
@@ -596,16 +528,14 @@ class Math:
             if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
                 raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')
         row = {"split": split_of(row["problem"]), **row}
-        if row["split"] not in ("train", "validation", "test"):
+        if row["split"] not in SPLITS:
             raise ValueError('"split" must be "train", "validation" or "test"')
         return row
 
     def problems(self, split, count, seed):
-        if not self.path:
-            raise ValueError("task math needs --data, a JSONL file of problems")
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
-            has = f'{self.path} has no problem in the split "{split}"'
+            has = f'--data {self.path} has no problem in the split "{split}"'
             raise ValueError(f"{has}, of {len(self.rows)} in all")
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
@@ -623,9 +553,8 @@ class Math:
     def reward(self, problem, text):
         texts = problem["answer"], final_answer(text)
         right, answer = map(parse_answer, texts)
-        if not right[1] or not answer[1]:
-            return 0.0
-        return float(agree(right, answer, eq) or equivalent(*texts))
+        given = right[1] and answer[1]
+        return float(bool(given and (agree(right, answer, eq) or equivalent(*texts))))
 
 
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
@@ -637,15 +566,14 @@ def make_task(name, data=""):
     kind, _, options = name.replace(" ", "").partition(":")
     if kind not in TASKS:
         raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
-    if data and kind != "math":
-        raise ValueError(f"task {kind} takes no --data {data}")
     try:
+        if data and kind != "math":
+            raise ValueError(f"takes no --data {data}")
         pairs = [pair.split("=") for pair in options.split(",") if pair]
-        chosen = {key: int(value) for key, value in pairs}
-        return TASKS[kind](*[data] * bool(data), **chosen)
+        return TASKS[kind](*[data] * bool(data), **{key: int(value) for key, value in pairs})
     except (TypeError, ValueError) as error:
         raise ValueError(f"task {name}: {error}") from None
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve()
