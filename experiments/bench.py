@@ -28,8 +28,6 @@ shares of that (2 flops) and of its rate of copying (all weights once a token).
 
 import argparse
 import json
-import math
-import os
 import resource
 import statistics
 import sys
@@ -57,6 +55,8 @@ SAMPLING = {
 }
 TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 32}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS = []  # of the table
 SUMS = ["What is 7 + 5?", "What is 12 * 3?", "What is 19 - 8?", "What is 6 * 7?"]
 
 
@@ -64,10 +64,10 @@ SUMS = ["What is 7 + 5?", "What is 12 * 3?", "What is 19 - 8?", "What is 6 * 7?"
 
 
 def clock(function, *args):
-    """(result, seconds)."""
-    cuda = torch.cuda.is_available()
-    now = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
-    wait = torch.cuda.synchronize if cuda else int
+    """(result, seconds): of the CPU where there is one thread."""
+    cpu = DEVICE.type == "cpu"
+    now = time.process_time if cpu and torch.get_num_threads() == 1 else time.perf_counter
+    wait = int if cpu else torch.cuda.synchronize
     wait()
     began = now()
     result = function(*args)
@@ -75,10 +75,10 @@ def clock(function, *args):
     return result, now() - began
 
 
-def peak_bytes(function, *args):
+def peak_bytes(function):
     """The most that tensors made in `function` hold at a time, from a trace of every allocation."""
     with torch.profiler.profile(profile_memory=True) as trace:
-        function(*args)
+        function()
     held, peak = 0, 0
     for event in trace.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -87,42 +87,43 @@ def peak_bytes(function, *args):
     return peak
 
 
-def machine_limits(device):
+def machine_limits():
     """(bytes/s of a large copy, flops/s of a large fp32 matmul)."""
-    source, matrix = torch.ones(1 << 26, device=device), torch.ones(2048, 2048, device=device)
+    source, matrix = torch.ones(1 << 26, device=DEVICE), torch.ones(2048, 2048, device=DEVICE)
     target = torch.empty_like(source)
     copy = min(clock(target.copy_, source)[1] for _ in range(9))
     matmul = min(clock(torch.mm, matrix, matrix)[1] for _ in range(9))
     return 2 * source.nbytes / copy, 2 * 2048**3 / matmul
 
 
-def compare(bench, name, turn):
-    """Adds a row of the table. turn(i): (seconds of ours, of theirs, tokens of each)."""
+def add(case, ratios, **more):
+    ratio = statistics.median(ratios)
+    print(f"{case:<24}{ratio:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    ROWS.append({"case": case, "ratio": ratio, "ratios": ratios, **more})
+
+
+def compare(case, turn):
+    """turn(i): (seconds of ours, of theirs, tokens of each)."""
     turns, ends = [], time.time() + 3
     while len(turns) < 2 or (len(turns) < 7 and time.time() < ends):
         turns.append(turn(len(turns) + 1))
     ours, theirs, tokens = map(sum, zip(*turns, strict=True))
     ratios = [their / mine for mine, their, _ in turns]
-    bench.add(name, ratios, ours=tokens / ours, theirs=tokens / theirs)
+    add(case, ratios, ours=tokens / ours, theirs=tokens / theirs)
 
 
 # ---- Random weights ----
 
 
-def random_policy(bench, memory, mean_length=0, vocabulary=1275):
-    """A Qwen3 that ends a completion after `mean_length` tokens in the mean; 0: never. memory:
-    rows, longest prompt, longest completion."""
+def random_policy(memory, mean_length=0, vocabulary=1275):
+    """A Qwen3 that ends a completion after about `mean_length` tokens (0: never), by having many tokens
+    that end it. memory: rows, longest prompt, longest completion."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**TINY, vocab_size=vocabulary)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="spiral")
-    model.lm_head, eos = torch.nn.Linear(128, vocabulary), vocabulary - 1
-    # logits are about 0, but for that of EOS: lengths are geometric
-    torch.nn.init.normal_(model.lm_head.weight, std=0.01)
-    bias = torch.nn.init.zeros_(model.lm_head.bias).data
-    bias[eos] = math.log(eos / (mean_length - 1)) if mean_length else -30.0
-    model = model.eval().to(bench.device)
-    tokenizer = SimpleNamespace(eos_ids=[eos])
-    return spiral.Policy(model, tokenizer, bench.device, spiral.Memory(model, *memory))
+    model = model.eval().to(DEVICE)
+    tokenizer = SimpleNamespace(eos_ids=range(vocabulary // mean_length if mean_length else 0))
+    return spiral.Policy(model, tokenizer, spiral.Memory(model, *memory))
 
 
 def random_tokens(low, high, count):
@@ -135,14 +136,15 @@ def random_tokens(low, high, count):
 
 def generate(policy, prompts, lengths):
     """transformers.generate and log-probs; row r ends after lengths[r] tokens."""
-    eos, device, times = policy.tokenizer.eos_ids[0], policy.device, len(lengths) // len(prompts)
+    times, eos = len(lengths) // len(prompts), 0  # any token: `stop` says when it comes
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = -(-len(order) // 4)
     for chunk in [order[i : i + size] for i in range(0, len(order), size)]:
-        backwards = [prompts[i][::-1] for i in chunk]
-        tokens = spiral.pad(backwards, device).flip(1)  # left-padded by zeros
+        width = len(prompts[chunk[-1]])  # the longest
+        tokens = [[0] * (width - len(prompts[i])) + prompts[i] for i in chunk]
+        tokens = torch.tensor(tokens, device=DEVICE)
         ends = torch.tensor([lengths[i * times + j] for i in chunk for j in range(times)])
-        last = ends.to(device) + tokens.shape[1] - 1
+        last = ends.to(DEVICE) + width - 1
 
         def stop(so_far, scores, last=last):
             scores[:, eos] = torch.where(last == so_far.shape[1], 1e4, -1e4)
@@ -161,11 +163,11 @@ def generate(policy, prompts, lengths):
             output_logits=True,
             return_dict_in_generate=True,
         )
-        for t, logits in enumerate(out.logits, tokens.shape[1]):
+        for t, logits in enumerate(out.logits, width):
             logits.log_softmax(-1).gather(-1, out.sequences[:, t, None])
 
 
-def compare_sampling(bench, name, policy, run):
+def compare_sampling(case, policy, run):
     """Compares run(seed), whose calls of spiral.sample generate repeats."""
     real, calls = spiral.sample, []
 
@@ -186,14 +188,13 @@ def compare_sampling(bench, name, policy, run):
         return ours, theirs, tokens
 
     spiral.sample = sample
-    for seed in range(8 if bench.device.type == "cuda" else 1):
-        run(seed)  # warm-up, with graphs of the shapes to come
-    compare(bench, name, turn)
+    run(0)  # warm-up
+    compare(case, turn)
     spiral.sample = real
 
 
-def rollout(bench):
-    config, count = spiral.Config(device=str(bench.device)), 16 // bench.shrink
+def rollout(shrink):
+    config, count = spiral.Config(), 16 // shrink
     policy, task = spiral.load_policy(config), tasks.make_task(config.task)
     problems = task.problems("train", 200, 0)
 
@@ -202,19 +203,19 @@ def rollout(bench):
         mine = problems[seed * count : (seed + 1) * count]
         spiral.rollout(policy, task, mine, config, generators)
 
-    compare_sampling(bench, "rollout", policy, run)
+    compare_sampling("rollout", policy, run)
 
 
-def sampling(bench):
-    for name, (mean, low, high, prompts, limit, count) in SAMPLING.items():
-        low, high, limit = (n // bench.shrink for n in (low, high, limit))
-        policy = random_policy(bench, (prompts * count, high, limit), mean // bench.shrink)
+def sampling(shrink):
+    for case, (mean, low, high, prompts, limit, count) in SAMPLING.items():
+        low, high, limit = (n // shrink for n in (low, high, limit))
+        policy = random_policy((prompts * count, high, limit), mean // shrink)
 
         def run(seed, policy=policy, sizes=(low, high, prompts), limit=limit, count=count):
             torch.manual_seed(seed)
             spiral.sample(policy, random_tokens(*sizes), limit, 1.0, count)
 
-        compare_sampling(bench, name, policy, run)
+        compare_sampling(case, policy, run)
 
 
 # ---- Update ----
@@ -226,29 +227,26 @@ def gradient(policy, groups):
         spiral.policy_loss(logprobs, logprobs.detach(), advantages, 0.2).backward()
 
 
-def update(bench):
-    policy = random_policy(bench, (1, 1, 1))
+def update(shrink):
+    policy = random_policy((1, 1, 1))
     for count, low, high in ((4, 256, 1024), (8, 256, 1024), (8, 64, 256)):
         torch.manual_seed(count)
-        prompt = sum(random_tokens(256 // bench.shrink, 1024 // bench.shrink, 4), [])
-        rows = random_tokens(low // bench.shrink, high // bench.shrink, count)
-        completions = [
-            spiral.Completion(0, [], 0, row, [0.0] * len(row), advantage=1) for row in rows
-        ]
+        prompt = sum(random_tokens(256 // shrink, 1024 // shrink, 4), [])
+        rows = random_tokens(low // shrink, high // shrink, count)
+        completions = [spiral.Completion(0, [], 0, row, row, advantage=1) for row in rows]
         ways = [spiral.Group(prompt, completions)], [spiral.Group(prompt, [c]) for c in completions]
-
         tokens = sum(map(len, rows))
 
         def turn(_, ways=ways, tokens=tokens):
             return *(clock(gradient, policy, way)[1] for way in ways), tokens
 
-        compare(bench, f"update N2={count}, {low}-{high}", turn)
+        compare(f"update N2={count}, {low}-{high}", turn)
 
 
-def memory(bench):
-    policy, count = random_policy(bench, (1, 1, 1), 0, 151936), 4096 // bench.shrink**2
-    hidden = torch.randn(count, 128, device=bench.device, requires_grad=True)
-    targets = torch.randint(1274, (count,), device=bench.device)
+def memory(shrink):
+    policy, count = random_policy((1, 1, 1), 0, 151936), 4096 // shrink**2
+    hidden = torch.randn(count, 128, device=DEVICE, requires_grad=True)
+    targets = torch.randint(1274, (count,), device=DEVICE)
 
     def chunks():
         return spiral.token_logprobs(policy.model, hidden, targets, 1.0)
@@ -257,7 +255,7 @@ def memory(bench):
         return policy.model.lm_head(hidden).log_softmax(-1).gather(-1, targets[:, None])
 
     peaks = [peak_bytes(lambda way=way: way().sum().backward()) for way in (chunks, whole)]
-    bench.add("memory", [peaks[1] / peaks[0]], bytes=peaks)
+    add("memory", [peaks[1] / peaks[0]], bytes=peaks)
 
 
 # ---- A GRPO step in TRL and here ----
@@ -315,7 +313,7 @@ def our_step(model):
     for _ in range(2):
         completions, sampled = clock(spiral.sample, policy, prompts, 64, 1.0, 8)
         _, updated = clock(updating, completions)
-    copy, matmul = machine_limits(policy.device)
+    copy, matmul = machine_limits()
     weights = sum(p.numel() for p in policy.model.parameters())
     lengths = [len(c.tokens) for row in completions for c in row]
     return {
@@ -340,28 +338,19 @@ def main(arguments=None):
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(arguments)
-    machine = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], "date": time.ctime()}
-    machine |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if args.step:
         result = our_step(args.model) if args.step == "ours" else trl_step(args.model)
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        row = json.dumps({"step": args.step, **result, "memory": peak, **machine})
+        result["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row = json.dumps({"step": args.step, **result, **machine})
         print(row)
         with (args.out / "bench_trl.jsonl").open("a") as file:
             file.write(row + "\n")
         return
-
-    def add(case, ratios, **more):
-        ratio = statistics.median(ratios)
-        print(f"{case:<24}{ratio:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
-        rows.append({"case": case, "ratio": ratio, "ratios": ratios, **more})
-        text = json.dumps({"machine": machine, "rows": rows}, indent=1)
-        (args.out / f"bench_{bench.device.type}.json").write_text(text + "\n")
-
-    rows, device = [], spiral.pick_device("auto")
-    bench = SimpleNamespace(device=device, shrink=8 if args.quick else 1, add=add)
     for name in args.cases.split(","):
-        cases[name](bench)
+        cases[name](8 if args.quick else 1)
+        text = json.dumps({"machine": machine, "rows": ROWS}, indent=1)
+        (args.out / f"bench_{DEVICE.type}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
