@@ -116,8 +116,8 @@ def compare(case, turn):
 
 
 def random_policy(memory, mean_length=0, vocabulary=1275):
-    """A Qwen3 that ends a completion after about `mean_length` tokens (0: never), by having many tokens
-    that end it. memory: rows, longest prompt, longest completion."""
+    """A Qwen3, of whose tokens so many end a completion that it has `mean_length` (0: no end) in the
+    mean. memory: rows, longest prompt, longest completion."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**TINY, vocab_size=vocabulary)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="spiral")
