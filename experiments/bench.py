@@ -116,8 +116,8 @@ def compare(case, turn):
 
 
 def random_policy(memory, mean_length=0, vocabulary=1275):
-    """A Qwen3, of whose tokens so many end a completion that it has `mean_length` (0: no end) in the
-    mean. memory: rows, longest prompt, longest completion."""
+    """A Qwen3, of whose tokens so many end a completion that it has `mean_length` (0: no end).
+    memory: rows, longest prompt, longest completion."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**TINY, vocab_size=vocabulary)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="spiral")
@@ -274,6 +274,7 @@ def trl_step(model):
         return [reward(turns[0]["content"]) for turns in completions]
 
     config = GRPOConfig(
+        output_dir="runs/trl",
         max_steps=2,
         per_device_train_batch_size=32,
         num_generations=8,
@@ -297,7 +298,7 @@ def trl_step(model):
 
 def our_step(model):
     """The same here."""
-    config = spiral.Config(model=model, dtype="fp32", rows=32, max_prompt_tokens=64)
+    config = spiral.Config(model=model, rows=32, max_prompt_tokens=64)
     policy = spiral.load_policy(config)
     optimizer = spiral.make_optimizer(policy.model, config.lr)
     prompts = [policy.tokenizer.chat(text) for text in SUMS]

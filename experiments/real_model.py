@@ -10,7 +10,6 @@ first seed before the next one begins.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import json
@@ -56,13 +55,13 @@ def learn(policy, task, config, budget):
     """Trains until `budget` tokens are sampled. Returns a dict of each step."""
     problems = task.problems("train", config.train_problems, config.seed)
     optimizer = spiral.make_optimizer(policy.model, config.lr)
-    _, state = spiral.newest_state(config, Path("nothing-here"))
-    tokens, curve = 0, []
+    _, state = spiral.resume(config, Path("a-new-run"))
+    tokens, steps = 0, []
     while tokens < budget:
-        stats, _ = spiral.train_step(policy, optimizer, task, problems, state, config)
-        tokens += stats["search_tokens"] + stats["aggregation_tokens"]
-        curve.append({"tokens": tokens, **stats})
-    return curve
+        stats, records = spiral.train_step(policy, optimizer, task, problems, state, config)
+        tokens += sum(len(c.tokens) for record in records for c in record.completions())
+        steps.append({"tokens": tokens, **stats})
+    return steps
 
 
 def run(name, seed, args):
@@ -70,12 +69,12 @@ def run(name, seed, args):
     config = spiral.parse_config([f"@{HERE / 'small_model.args'}", *args.options])
     config = replace(config, **RIVALS[name], seed=seed, model=str(args.out / "smollm2"))
     task, policy = Sums(operations=1, high=12), spiral.load_policy(config)
-    curve = learn(policy, task, config, args.tokens if name != "base" else 0)
+    steps = learn(policy, task, config, args.tokens if name != "base" else 0)
     held_out, generator = task.problems("test", args.problems, 0), torch.Generator()
     scores = spiral.evaluate(policy, task, held_out, config, generator.manual_seed(seed))
     how = replace(config, algo="spiral"), [generator], torch.zeros(5)
-    shown = spiral.rollout(policy, task, held_out[:1], *how)[0]
-    row = {"name": name, "seed": seed, "config": asdict(config), "curve": curve, "scores": scores}
+    shown = spiral.rollout(policy, task, held_out[:1], *how)
+    row = {"name": name, "seed": seed, "config": asdict(config), "steps": steps, "scores": scores}
     return {**row, "transcript": spiral.transcript(task, shown)}
 
 
@@ -106,8 +105,8 @@ def report():
     for axis, role in zip(axes, ("search", "aggregation"), strict=True):
         for i, rows in enumerate(of.values()):
             for row in rows:
-                tokens = [step["tokens"] for step in row["curve"]]
-                rewards = [step[f"{role}_reward"] for step in row["curve"]]
+                tokens = [step["tokens"] for step in row["steps"]]
+                rewards = [step[role]["reward"] for step in row["steps"]]
                 axis.plot(tokens, rewards, f"C{i}", label=row["name"] if row["seed"] == 0 else None)
         axis.set(title=role, xlabel="sampled tokens", ylabel="reward")
     axes[0].legend()
@@ -131,14 +130,16 @@ def main(arguments=None):
     for seed, name in itertools.product(range(3), RIVALS):
         piece = args.out / f"{name}-{seed}"
         piece.mkdir(exist_ok=True)
-        with contextlib.suppress(ValueError):  # another process is at it
+        try:
             locked = spiral.lock(piece)
-            if (name, seed) not in [(row["name"], row["seed"]) for row in read_rows()]:
-                print(f"==== {name}, seed {seed} ====", flush=True)
-                row = run(name, seed, args)
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-            locked.close()
+        except AssertionError:  # another process is at it
+            continue
+        if (name, seed) not in [(row["name"], row["seed"]) for row in read_rows()]:
+            print(f"==== {name}, seed {seed} ====", flush=True)
+            row = run(name, seed, args)
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        locked.close()
 
 
 if __name__ == "__main__":
