@@ -29,8 +29,8 @@ RUN = """--task=arithmetic:operations=1 --steps=4 --problems=2 --max_draws=1 --n
     --train_problems=40 --max_trace_tokens=16 --max_aggregation_tokens=16 --rows=16
     --max_prompt_tokens=256""".split()
 FILES = ["metrics.jsonl", "step-4/model.safetensors", "step-4/optimizer.pt"]
-PIECES = r"Answer: ,\boxed{,\frac,{,},(,),9,23,**,+,-,*,/,=,^,_,1/0,$,%,\,.,٣,²,none,x,@".split(",")
-PIECES += [",000", "\n", "\0", " "]
+PIECES = r"Answer: @\boxed{@\frac@{@}@(@)@9@23@**@+@-@*@/@=@^@_@1/0@$@%@\@,000@.@٣@²@none@x@ @"
+PIECES = [*PIECES.split("@"), "\n", "\0"]
 
 
 def run(out, seconds=None):
@@ -55,11 +55,11 @@ def kill(count):
         length = time.time() - began
         while kills < count:
             out = Path(folder) / str(runs)
-            for _ in range(min(rng.randint(1, 5), count - kills)):
+            for _ in range(rng.randint(1, 5)):
                 kills += not run(out, rng.random() * length)
-            ended = run(out)
+            assert run(out)
             equal = [(out / name).read_bytes() == (whole / name).read_bytes() for name in FILES]
-            runs, same = runs + 1, same + (ended and all(equal))
+            runs, same = runs + 1, same + all(equal)
             print(f"{kills} kills, {same} of {runs} runs as the undisturbed one", flush=True)
     return {"kills": kills, "runs": runs, "same": same}
 
@@ -91,7 +91,6 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(arguments)
     found = {"kill": kill, "fuzz": fuzz}[args.what](args.count)
-    print(found)
     (args.out / f"robustness_{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
