@@ -233,7 +233,7 @@ def update(shrink):
         torch.manual_seed(count)
         prompt = sum(random_tokens(256 // shrink, 1024 // shrink, 4), [])
         rows = random_tokens(low // shrink, high // shrink, count)
-        completions = [spiral.Completion(0, [], 0, row, row, advantage=1) for row in rows]
+        completions = [spiral.Completion(0, 0, [], 0, row, row, advantage=1) for row in rows]
         ways = [spiral.Group(prompt, completions)], [spiral.Group(prompt, [c]) for c in completions]
         tokens = sum(map(len, rows))
 
