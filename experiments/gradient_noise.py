@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
@@ -46,7 +47,7 @@ def roll_out(policy, task, problem, config, rollouts, generator):
     aggregations of every set [R, 70, N2], and the tokens of a default rollout."""
     count = rollouts * N1
     prompts, samples, texts = spiral.search(policy, task, [problem], config, count, generator)
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    parameters = [*policy.model.parameters()]
     gradients = []
     for j in range(count):
         group = spiral.Group(prompts[0], samples[j : j + 1], torch.zeros(1))
@@ -99,10 +100,8 @@ def main():
     config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)
     policy, task = spiral.load_policy(config), tasks.make_task(config.task)
     generator = torch.Generator().manual_seed(args.seed)
-    found = []
-    for problem in task.problems("validation", args.problems, args.seed):
-        found.append(roll_out(policy, task, problem, config, args.rollouts, generator))
-        print(f"problem {len(found)}/{args.problems}", flush=True)
+    problems = tqdm(task.problems("validation", args.problems, args.seed))
+    found = [roll_out(policy, task, x, config, args.rollouts, generator) for x in problems]
     _, rewards, scores, tokens = zip(*found, strict=True)
     right = torch.stack(rewards)[..., SETS].sum(-1)  # [problems, R, 70]
     measured = [torch.stack(scores)[right == c].mean().item() for c in range(N + 1)]
@@ -110,7 +109,7 @@ def main():
     entry |= {"curve": measured, "credits": {}}
     for name, (curve, *design) in CREDITS.items():
         curve = torch.tensor(curve or measured)
-        entry["credits"][name] = [moments(*problem[:3], curve, *design) for problem in found]
+        entry["credits"][name] = [moments(*each[:3], curve, *design) for each in found]
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     RESULT.write_text(json.dumps(result | {args.name: entry}) + "\n")
 

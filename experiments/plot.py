@@ -21,24 +21,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "study"
-NOISE = HERE / "results" / "gradient_noise.json"
-COLORS = {
-    "base": "0.6",
-    "grpo": "tab:orange",
-    "trace": "tab:green",
-    "set": "tab:red",
-    "pass": "tab:purple",
-    "curve": "tab:blue",
-}
+RESULTS = Path(__file__).resolve().parent / "results" / "study"
+NOISE = RESULTS.with_name("gradient_noise.json")
+RIVALS = ("base", "grpo", "trace", "set", "pass", "curve")
 # Columns: runs, and differences of two. A table of differences alone has the traces needed, too
-MORE = ("depth 2", "curve trained with lattices")
 TABLES = {
-    "main": (COLORS, [("curve", "grpo"), ("curve", "trace")]),
+    "main": (RIVALS, [("curve", "grpo"), ("curve", "trace")]),
     "credits": ((), [(a, b) for b in ("grpo", "trace") for a in ("set", "pass", "curve")]),
-    "lattice": ((), [(f"{run} (lattice)", run) for run in COLORS]),
-    "more": (("curve", *MORE), [(run, "curve") for run in MORE]),
+    "lattice": ((), [(f"{run} (lattice)", run) for run in RIVALS]),
+    "more": ((), [(run, "curve") for run in ("depth 2", "curve trained with lattices")]),
 }
 METRICS = ("answer_reward", "trace_reward", "search_entropy", "search_length", "grad_norm", "curve")
 
@@ -160,39 +151,37 @@ def study_table(name, setting="short"):
 
 def runs_table(*folders):
     """Scores before and after, in the mean over runs of one command, and the change of each."""
-    folders = [Path(folder) for folder in folders]
-    runs = [read(folder / "evaluation.jsonl")[-2:] for folder in folders]
-    lines = [["held-out", "before", "after", "change", *(folder.name for folder in folders)]]
-    for key in [key for key in runs[0][0] if key not in ("policy", "step", "split")]:
-        before, after = np.array([[row[key] for row in run] for run in runs]).T
-        means = [f"{before.mean():.3f}", f"{after.mean():.3f}"]
-        changes = [f"{change:+.3f}" for change in [(after - before).mean(), *(after - before)]]
-        lines.append([key, *means, *changes])
+    runs = [read(Path(folder) / "evaluation.jsonl")[-2:] for folder in folders]
+    lines = [["held-out", "before", "after", "change", *(Path(folder).name for folder in folders)]]
+    for key in [key for key in runs[0][0] if key not in ("policy", "step", "split", "problems")]:
+        values = np.array([[row[key] for row in run] for run in runs])  # [runs, 2]
+        means, changes = values.mean(0), np.diff(values)[:, 0]
+        lines.append([key, *(f"{mean:.3f}" for mean in means)])
+        lines[-1] += [f"{change:+.3f}" for change in (changes.mean(), *changes)]
     return markdown(*lines)
 
 
-def noise_of(entry):
+def noise_of_credits():
     """{credit: (value, low, high) of noise, cosine, tokens}: the bootstrap over problems. Moments a
     problem: E|g|^2, E g . E g, E g . t with the true gradient t, t . t. Noise is variance over
     signal, (sum E g . t)^2 / sum t . t, the problems' gradients being blocks of one long vector."""
-    count = len(next(iter(entry["credits"].values())))
-    picks = np.random.default_rng(0).integers(count, size=(2000, count))
-    picks[0] = np.arange(count)  # all problems once: the value itself
     found = {}
-    for name, moments in entry["credits"].items():
-        second, mean, along, true = np.moveaxis(np.array(moments)[picks].mean(1), -1, 0)
-        noise = (second - mean) * true / along**2
-        values = noise, along / np.sqrt(mean * true), noise * entry["tokens"]
-        found[name] = [(value[0], *np.percentile(value, [2.5, 97.5])) for value in values]
+    for policy, entry in json.loads(NOISE.read_text()).items():
+        for name, moments in entry["credits"].items():
+            picks = np.random.default_rng(0).integers(len(moments), size=(2000, len(moments)))
+            picks[0] = np.arange(len(moments))  # all problems once: the value itself
+            second, mean, along, true = np.moveaxis(np.array(moments)[picks].mean(1), -1, 0)
+            noise = (second - mean) * true / along**2
+            values = noise, along / np.sqrt(mean * true), noise * entry["tokens"]
+            intervals = [(value[0], *np.percentile(value, [2.5, 97.5])) for value in values]
+            found[f"{policy}: {name}"] = intervals
     return found
 
 
 def noise_table():
     lines = [["credit", "noise", "cosine with the true gradient", "tokens until signal = noise"]]
-    for policy, entry in json.loads(NOISE.read_text()).items():
-        for name, values in noise_of(entry).items():
-            cells = ["{:,.3g} ({:,.3g} to {:,.3g})".format(*value) for value in values]
-            lines.append([f"{policy}: {name}", *cells])
+    for name, values in noise_of_credits().items():
+        lines.append([name, *("{:,.3g} ({:,.3g} to {:,.3g})".format(*value) for value in values)])
     return markdown(*lines)
 
 
@@ -225,59 +214,52 @@ def draw_scores():
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     axes[0].set(title="pass@k of traces", xlabel="log2 k")
     axes[1].set(title="recursive self-aggregation, accuracy", xlabel="step")
-    for run in [run for run in COLORS if run in runs]:
+    for run in [run for run in RIVALS if run in runs]:
         for axis, of in zip(axes, (pass_curve, recursion), strict=True):
             mean, half = interval(*paired(runs, [run], of))
-            axis.plot(mean, color=COLORS[run], label=run)
-            x = range(len(mean))
-            axis.fill_between(x, mean - half, mean + half, color=COLORS[run], alpha=0.15)
+            axis.plot(mean, label=run)
+            axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
     finish(figure, RESULTS / "scores.png")
 
 
 def draw_noise():
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     axis.set(title="sampled tokens until signal = noise", xscale="log")
-    for policy, entry in json.loads(NOISE.read_text()).items():
-        found = noise_of(entry)
-        value, low, high = np.transpose([values[2] for values in found.values()])
-        axis.errorbar(value, [*found], xerr=[value - low, high - value], fmt="o", label=policy)
+    found = noise_of_credits()
+    value, low, high = np.transpose([tokens for _, _, tokens in found.values()])
+    axis.errorbar(value, [*found], xerr=[value - low, high - value], fmt="o", label="95%")
     finish(figure, RESULTS / "noise.png")
 
 
-def draw_training(runs, path):
-    """Means over 5 steps of the rows of each run. The response curve is n + 1 lines: accuracy of
-    the aggregator with 0 to n right candidates."""
+def draw_training(folders, path):
+    """Means over 5 steps. The response curve is n + 1 lines: the aggregator's accuracy with 0 to n
+    right candidates."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, metric in zip(axes.flat, METRICS, strict=True):
         axis.set_title(metric)
-        for i, (name, rows) in enumerate(runs.items()):
-            values = [row[metric] for row in rows if row.get(metric) is not None]
+        for i, folder in enumerate(folders):
+            values = [row[metric] for row in read(folder / "metrics.jsonl") if metric in row]
             means = [np.mean(values[max(0, j - 4) : j + 1], 0) for j in range(len(values))]
-            axis.plot(means, color=f"C{i}", label=name)
+            axis.plot(means, color=f"C{i}", label=folder.name)
     finish(figure, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", help="folders of runs; none: the study")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; none: the study")
     parser.add_argument("--table", nargs="+", help=f"of {', '.join(TABLES)}, noise; or folders")
-    parser.add_argument("--fill", nargs="+", type=Path, default=(), help="files")
+    parser.add_argument("--fill", nargs="+", type=Path, default=[])
     args = parser.parse_args()
     if args.table:
         print(table(args.table))
     for path in args.fill:
         path.write_text(fill(path.read_text()))
     if args.runs:
-        draw_training(
-            {name: read(Path(name) / "metrics.jsonl") for name in args.runs}, "curves.png"
-        )
+        draw_training(args.runs, "curves.png")
     elif not args.table and not args.fill:
         draw_scores()
         draw_noise()
-        runs = {run: [] for run in COLORS}
-        for row in read(RESULTS / "training.jsonl"):
-            runs[row["run"]].append(row)
-        draw_training(runs, RESULTS / "training.png")
+        draw_training(sorted(RESULTS.glob("short-*-0")), RESULTS / "training.png")
 
 
 if __name__ == "__main__":

@@ -231,10 +231,10 @@ def work(piece, runs, results):
         if checkpoint_of(piece, folder) is None:
             return code or 1
         piece["train_cpu_s"] = round(time.process_time() - began, 1)
-        names = ("part", "setting", "run", "seed", "tokens")
+        kept = results / f"{piece['setting']}-{piece['run']}-{piece['seed']}" / "metrics.jsonl"
+        kept.unlink(missing_ok=True)  # of a smaller budget
         for row in read(folder / "metrics.jsonl"):
-            metrics = {metric: row.get(metric) for metric in ("step", "sampled_tokens", *METRICS)}
-            append(results / "training.jsonl", {name: piece[name] for name in names} | metrics)
+            append(kept, {key: row[key] for key in ("sampled_tokens", *METRICS) if key in row})
     append(results / "evaluation.jsonl", evaluate_piece(piece, checkpoint_of(piece, folder)))
     return 0
 
