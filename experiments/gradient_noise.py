@@ -20,6 +20,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -46,24 +47,27 @@ def roll_out(policy, task, problem, config, rollouts, generator):
     """Products of the traces' gradients [R, N1, R, N1], rewards of the traces [R, N1] and of the
     aggregations of every set [R, 70, N2], and the tokens of a default rollout."""
     count = rollouts * N1
-    prompts, samples, texts = spiral.search(policy, task, [problem], config, count, generator)
-    parameters = [*policy.model.parameters()]
-    gradients = []
-    for j in range(count):
-        group = spiral.Group(prompts[0], samples[j : j + 1], torch.zeros(1))
-        logprobs = spiral.completion_logprobs(policy.model, [group], 1.0)[0]
+    group = spiral.search(policy, task, [problem], config, count, generator)[0]
+    parameters, gradients = [*policy.model.parameters()], []
+    for c in group.completions:
+        one = spiral.Group(group.prompt, [c])
+        logprobs = spiral.completion_logprobs(policy.model, one, 1.0)[0]
         gradient = torch.autograd.grad(logprobs.sum(), parameters)
         gradients.append(torch.cat([part.flatten() for part in gradient]))
     gradients = torch.stack(gradients)
     products = (gradients @ gradients.T).view(rollouts, N1, rollouts, N1)
-    traces = [texts[0][i : i + N1] for i in range(0, count, N1)]
-    rewards = spiral.rewards_of(task, [problem] * rollouts, traces)
-    sets = [[mine[j] for j in chosen] for mine in traces for chosen in SETS]
+    rewards = spiral.rewards_of([group]).view(rollouts, N1)
+    texts, sets = [c.text for c in group.completions], []
+    for start in range(0, count, N1):
+        sets += [[texts[start + j] for j in chosen] for chosen in SETS]
     owners = [problem] * len(sets)
-    _, answers, texts = spiral.aggregate(policy, task, owners, sets, config, N2, generator)
-    scores = spiral.rewards_of(task, owners, texts).view(rollouts, len(SETS), N2)
-    tokens = samples.mask.sum() / rollouts + 16 * answers.mask.sum() / len(answers.mask)
-    return products, rewards, scores, tokens.item()
+    answers = spiral.aggregate(policy, task, owners, sets, config, N2, generator)
+    scores = spiral.rewards_of(answers).view(rollouts, len(SETS), N2)
+    trace, answer = [
+        np.mean([len(c.tokens) for each in groups for c in each.completions])
+        for groups in ([group], answers)
+    ]
+    return products, rewards, scores, N1 * trace + 16 * answer
 
 
 def moments(products, rewards, scores, curve, weight, num_sets, num_aggregations):

@@ -31,7 +31,8 @@ TABLES = {
     "lattice": ((), [(f"{run} (lattice)", run) for run in RIVALS]),
     "more": ((), [(run, "curve") for run in ("depth 2", "curve trained with lattices")]),
 }
-METRICS = ("answer_reward", "trace_reward", "search_entropy", "search_length", "grad_norm", "curve")
+METRICS = ("aggregation_reward", "search_reward", "search_entropy", "search_truncated", "grad_norm")
+METRICS += ("curve",)
 
 
 def read(path):
@@ -238,7 +239,7 @@ def draw_training(folders, path):
     for axis, metric in zip(axes.flat, METRICS, strict=True):
         axis.set_title(metric)
         for i, folder in enumerate(folders):
-            values = [row[metric] for row in read(folder / "metrics.jsonl") if metric in row]
+            values = [row[metric] for row in read(folder / "metrics.jsonl")]
             means = [np.mean(values[max(0, j - 4) : j + 1], 0) for j in range(len(values))]
             axis.plot(means, color=f"C{i}", label=folder.name)
     finish(figure, path)
@@ -259,7 +260,7 @@ def main():
     elif not args.table and not args.fill:
         draw_scores()
         draw_noise()
-        draw_training(sorted(RESULTS.glob("short-*-0")), RESULTS / "training.png")
+        draw_training(sorted(RESULTS.glob("short-*-0-*")), RESULTS / "training.png")
 
 
 if __name__ == "__main__":

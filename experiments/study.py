@@ -83,34 +83,34 @@ QUICK = {
 
 def second_level():
     """Sets of the first level's aggregations are aggregated too, for rewards of their own."""
-    plain = spiral.rollout
+    rollout, statistics, groups = spiral.rollout, spiral.statistics, spiral.Record.groups
 
-    def rollout(policy, task, problems, config, generators, curve=None):
-        records = plain(policy, task, problems, config, generators, curve)
+    def two_levels(policy, task, problems, config, generators, curve=None):
+        records = rollout(policy, task, problems, config, generators, curve)
+        num_sets, many = config.num_sets, config.num_aggregations
+        owners, sets, theirs = [], [], []
         for record, generator in zip(records, generators, strict=True):
-            pool = list(itertools.chain(*record.aggregations))
-            sets = spiral.draw_sets(len(pool), config.set_size, config.num_sets, generator)
-            record.second = [[pool[j] for j in chosen] for chosen in sets.tolist()]
-        owners = [record for record in records for _ in record.second]
-        prompts, samples, texts = spiral.aggregate(
-            policy,
-            task,
-            [record.problem for record in owners],
-            [texts for record in records for texts in record.second],
-            config,
-            config.num_aggregations,
-            [g for g, record in zip(generators, records, strict=True) for _ in record.second],
-        )
-        rewards = spiral.rewards_of(task, [record.problem for record in owners], texts)
-        rewards = rewards.view(len(records), config.num_sets, -1)
-        advantages = spiral.aggregation_advantages(rewards, config.estimator).flatten(0, 1)
-        size = config.num_aggregations
-        for i, (record, prompt) in enumerate(zip(owners, prompts, strict=True)):
-            group = spiral.Group(prompt, samples[i * size : (i + 1) * size], advantages[i])
-            record.groups.append(group)
+            texts = [c.text for group in record.aggregations for c in group.completions]
+            drawn = spiral.draw_sets(len(texts), config.set_size, num_sets, generator)
+            sets += [[texts[j] for j in members] for members in drawn.tolist()]
+            owners += [record.problem] * num_sets
+            theirs += [generator] * num_sets
+        answers = spiral.aggregate(policy, task, owners, sets, config, many, theirs)
+        rewards = spiral.rewards_of(answers).view(len(records), num_sets, many)
+        advantages = spiral.aggregation_advantages(rewards).flatten(0, 1)
+        spiral.set_advantages(answers, advantages, config.target_length)
+        for i, record in enumerate(records):
+            record.second = answers[i * num_sets : (i + 1) * num_sets]
         return records
 
-    spiral.rollout = rollout
+    def all_tokens(records):
+        second = [c for record in records for group in record.second for c in group.completions]
+        stats = statistics(records)
+        stats["aggregation_tokens"] += sum(len(c.tokens) for c in second)
+        return stats
+
+    spiral.rollout, spiral.statistics = two_levels, all_tokens
+    spiral.Record.groups = lambda record: groups(record) + record.second
 
 
 # ---- A piece of work: a dict, done by a process of its own ---------------------------------------
@@ -138,34 +138,40 @@ def append(path, row):
         file.write((json.dumps(row, separators=(",", ":")) + "\n").encode())
 
 
-def sampled_tokens(folder):
-    return sum(row["sampled_tokens"] for row in read(folder / "metrics.jsonl"))
+def sampled_tokens(rows):
+    return sum(row["search_tokens"] + row["aggregation_tokens"] for row in rows)
 
 
 def train_piece(piece, folder):
-    """spiral.main, with a SIGTERM to itself in the step that spends the budget: which is saved."""
+    """spiral.main, with a SIGTERM to itself in the step that spends the budget, which is saved."""
     plain = spiral.train_step
 
     def train_step(*arguments):
         stats, *more = plain(*arguments)
-        if sampled_tokens(folder) + stats["sampled_tokens"] >= piece["tokens"]:
+        if sampled_tokens([*read(folder / "metrics.jsonl"), stats]) >= piece["tokens"]:
             os.kill(os.getpid(), signal.SIGTERM)
         return stats, *more
 
     spiral.train_step = train_step
     arguments = ["--seed", str(piece["seed"]), "--out", str(folder), "--steps", "1000000"]
-    arguments += ["--eval-problems", "0", "--transcript-every", "0", *piece["options"]]
-    return spiral.main(arguments)
+    return spiral.main([*arguments, *piece["options"]])
 
 
 def checkpoint_of(piece, folder):
     """What to evaluate: the start policy, the training at its budget, or None before that."""
     if not piece["tokens"]:
         return spiral.TINY
-    checkpoint, state = spiral.newest_checkpoint(folder)
     rows = read(folder / "metrics.jsonl")
-    whole = checkpoint and state["step"] == len(rows)
-    return checkpoint if whole and sampled_tokens(folder) >= piece["tokens"] else None
+    whole = folder / f"step-{len(rows)}" / "state.json"
+    return whole.parent if whole.exists() and sampled_tokens(rows) >= piece["tokens"] else None
+
+
+def right_ones(task, group):
+    """Right completions of a group, and whether its majority vote is right."""
+    rewards = {task.answer(c.text): c.reward for c in group.completions}
+    winner = spiral.majority_vote(task.answer(c.text) for c in group.completions)
+    right = sum(int(c.reward) for c in group.completions)
+    return right, 0 if winner is None else int(rewards[winner])
 
 
 def evaluate_piece(piece, checkpoint):
@@ -181,12 +187,10 @@ def evaluate_piece(piece, checkpoint):
     problems = task.problems(piece["split"], sizes["problems"], 0)
     generator = torch.Generator().manual_seed(1)
     lattice = count if piece["lattice"] else 1
-    _, samples, traces = spiral.search(policy, task, problems, config, count, generator, lattice)
-    if piece["lattice"]:
-        tokens = samples.tokens.view(len(problems), count, -1).tolist()
-        for texts, rows in zip(traces, tokens, strict=True):
-            texts[:] = [texts[j] for j in sorted(range(count), key=rows.__getitem__)]
-    rewards = spiral.rewards_of(task, problems, traces)  # [P, S]
+    traces = spiral.search(policy, task, problems, config, count, generator, lattice)
+    for group in traces if piece["lattice"] else []:
+        group.completions.sort(key=lambda c: c.tokens)
+    rewards = spiral.rewards_of(traces)  # [P, S]
     hits = {}  # of the S/k subsets of k traces, those with a right one
     for k in (2**i for i in range(count.bit_length())):
         subsets = rewards.view(len(problems), k, count // k)
@@ -194,25 +198,22 @@ def evaluate_piece(piece, checkpoint):
     rsa, votes, stride = [], [], count // config.population
     for number in range(sizes["generators"]):
         first = number * stride // sizes["generators"]
-        start = [texts[first::stride] for texts in traces]
-        generator = torch.Generator().manual_seed(2 + number)
-        history = spiral.recursive_self_aggregation(
-            policy, task, problems, config, start, sizes["rsa_steps"], generator
-        )
-        rsa.append([])
-        votes.append([])
-        for population in history:
-            rsa[-1].append(spiral.rewards_of(task, problems, population).sum(1).int().tolist())
-            rows = zip(problems, population, strict=True)
-            votes[-1].append([int(spiral.vote_reward(task, *row)) for row in rows])
+        start = [spiral.Group([], group.completions[first::stride]) for group in traces]
+        how = config, start, sizes["rsa_steps"], torch.Generator().manual_seed(2 + number)
+        history = spiral.recursive_self_aggregation(policy, task, problems, *how)
+        counts = [[right_ones(task, group) for group in groups] for groups in history]
+        rsa.append([[right for right, _ in step] for step in counts])
+        votes.append([[vote for _, vote in step] for step in counts])
+    completions = [c for group in traces for c in group.completions]
+    tokens = sum(len(c.tokens) for c in completions)
     return piece | {
         "right": rewards.sum(1).int().tolist(),
         "hits": hits,
         "rsa": rsa,  # [generators][steps + 1][P], of `population`
         "votes": votes,  # the same, 0 or 1
         "population": config.population,
-        "trace_length": samples.mask.sum().item() / len(samples.mask),
-        "trace_entropy": -(samples.logprobs.sum() / samples.mask.sum()).item(),
+        "trace_length": tokens / len(completions),
+        "trace_entropy": -sum(sum(c.logprobs) for c in completions) / tokens,
         "cpu_s": round(time.process_time() - began, 1),
     }
 
@@ -231,10 +232,13 @@ def work(piece, runs, results):
         if checkpoint_of(piece, folder) is None:
             return code or 1
         piece["train_cpu_s"] = round(time.process_time() - began, 1)
-        kept = results / f"{piece['setting']}-{piece['run']}-{piece['seed']}" / "metrics.jsonl"
+
+        kept = results / piece["folder"] / "metrics.jsonl"
         kept.unlink(missing_ok=True)  # of a smaller budget
         for row in read(folder / "metrics.jsonl"):
-            append(kept, {key: row[key] for key in ("sampled_tokens", *METRICS) if key in row})
+            append(
+                kept, {key: row[key] for key in ("search_tokens", "aggregation_tokens", *METRICS)}
+            )
     append(results / "evaluation.jsonl", evaluate_piece(piece, checkpoint_of(piece, folder)))
     return 0
 
@@ -289,7 +293,7 @@ def pieces_of(args, part, results):
             options = tuned(args, run, results)
             yield make_piece(args, part, run, seed, options, args.tokens, lattice=lattice)
         if lattice:
-            options = [*best, "--lattice", "always"]
+            options = [*best, "--lattice"]
             for each in (False, True):
                 name = f"{args.best} trained with lattices"
                 yield make_piece(args, part, name, seed, options, args.tokens, lattice=each)
@@ -343,7 +347,7 @@ def main():
     args = parser.parse_args()
     name = "study-quick" if args.quick else "study"
     runs = HERE.parent / "runs" / name
-    results = runs if args.quick else HERE / "results" / name
+    results = runs / "results" if args.quick else HERE / "results" / name
     if args.piece:
         return work(json.loads(args.piece), runs, results)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

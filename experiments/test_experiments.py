@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import gradient_noise  # noqa: E402
 import plot  # noqa: E402
+
 import spiral  # noqa: E402
 
 
