@@ -1,1000 +1,1359 @@
 """SPIRAL: Learning to Search and Aggregate (arXiv 2606.23595), in one file.
 
-One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it *aggregates*: for each of K sets G_k of n traces it
-writes N2 final answers z_km that read them. Only these are rewarded (r_km, by the task's verifier). The objective, and its gradient:
+One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it *aggregates*:
+for each of K sets G_k of n traces it writes N2 final answers z_km that read them. Only these are
+rewarded (r_km, by the task's verifier). The objective, and its gradient:
 
-    J(theta)   = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
-    grad J     = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]      search term: how useful was the set I was in?   (set RL)
-               + E[ r(x, z) grad log pi(z|x, G) ]               aggregation term: was this answer right?        (standard RL)
+    J(theta) = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
+    grad J   = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]    search term: how useful was my set?
+             + E[ r(x, z) grad log pi(z|x, G) ]             aggregation term: was this answer right?
 
-    python spiral.py                                   # the tiny policy learns countdown: minutes on a laptop
-    python spiral.py --algo grpo                       # the baseline, at the same budget of sampled tokens
-    python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0      # evaluate a saved policy
+    python spiral.py                                   # the tiny policy learns countdown, on a laptop
+    python spiral.py --algo grpo                       # the baseline, at the same sampled tokens
+    python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0     # evaluate a checkpoint
 
-Left out on purpose: a paged KV cache, asynchronous rollouts, a reward model, a critic. Read from top to bottom.
+Simplified on purpose: no critic, no reward model, no KL term, no paged cache, no asynchronous
+rollouts, since none of them is part of the method. A model that doesn't fit one GPU belongs to verl
+or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, rollout, evaluation, run.
 """
 
-import argparse, collections, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys, time  # noqa: E401
-from dataclasses import asdict, dataclass, field, fields, replace
+import collections
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-import numpy as np, safetensors.torch, tiktoken, torch, torch.distributed as dist, transformers  # noqa: E401
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GradientCheckpointingLayer
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 import tasks
 
-# ---- Config: every field is a command line option (num_traces is --num-traces) and its help. ------------------------
-def option(default, text, choices=None, low=None):          # low: the least value allowed; without it it must be above 0
-    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+# ---- Config: every field is a command line option, num_traces is --num-traces ----
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
 
 @dataclass
 class Config:
-    algo: str = option("spiral", "grpo: traces alone; grpo-agg: traces rewarded one by one, aggregation as in spiral", ("spiral", "grpo", "grpo-agg"))
-    task: str = option("countdown", 'countdown, arithmetic or math, with options: "countdown:numbers=4,high=30"')
-    data: str = option("", 'problems of --task math: a JSONL of {"problem": ..., "answer": ...}')
-    model: str = option("tiny", "tiny (its warm start is shipped), a folder in Hugging Face format, or a hub id")
-    out: str = option("", "folder of the run; default runs/ALGO-TASK-SEED. One that holds an unfinished run is resumed")
-    seed: int = option(0, "fixes problems, traces and sets", low=0)
+    algo: Literal["spiral", "grpo"] = option("spiral", "grpo: traces alone, by their own rewards")
+    search_credit: Literal["set", "trace", "pass", "curve"] = option("set", "see search_credit()")
+    task: str = option("countdown", 'or arithmetic, math, "countdown:numbers=4,high=30"')
+    data: str = option("", 'for --task math: a JSONL of {"problem": ..., "answer": ...}')
+    model: str = option("tiny", "tiny (shipped), a folder in Hugging Face format, or a hub id")
+    out: str = option("", "folder of the run, resumed if it holds one (runs/ALGO-TASK-SEED)")
+    seed: int = option(0, "fixes problems, traces and sets")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    # The four sizes, and the estimator (paper.md sections 2 to 5)
+    # The four sizes, and the estimator (paper.md sections 2 to 8)
     num_traces: int = option(8, "N1: search traces per problem")
     set_size: int = option(4, "n: traces in a set")
     num_sets: int = option(4, "K: sets per problem")
     num_aggregations: int = option(4, "N2: aggregation traces per set")
-    balanced: bool = option(True, "every trace in the same number of sets; off: sets drawn uniformly")
-    estimator: str = option("leave-one-out", "exactly unbiased; or published: self-inclusive means, mean marginal", ("leave-one-out", "published"))
-    search_weight: float = option(1.0, "weight of the search term; 1 is the exact joint gradient", low=0)
+    balanced: bool = option(True, "every trace in equally many sets; off: sets drawn uniformly")
+    published: bool = option(False, "the paper's self-inclusive baselines, not leave-one-out")
+    search_weight: float = option(1.0, "weight of the search term; 1: the exact joint gradient")
+    lattice: bool = option(False, "a problem's training traces don't repeat: see draw_uniforms()")
     # Training
-    steps: int = option(30, "training steps; 0: evaluate only", low=0)
+    steps: int = option(30, "training steps; 0: evaluate only")
     problems: int = option(16, "problems per step with an advantage that is not zero")
-    max_draws: int = option(2, "draw at most this many times `problems` to find them; 1: take the batch as it comes")
-    train_problems: int = option(8000, "distinct training problems; shuffled anew each time they are used up")
+    max_draws: int = option(2, "draw at most this many times `problems` to find them")
+    train_problems: int = option(8000, "at most this many training problems")
     updates: int = option(1, "optimizer updates per rollout; 1 is plain REINFORCE")
-    clip: float = option(0.2, "the importance ratio is clipped to [1 - clip, 1 + clip]; it matters when updates > 1")
-    kl: float = option(0.0, "weight of the KL divergence from the start policy", low=0)
-    target_length: int = option(0, "L_target: a longer completion gets no positive advantage; 0: off", low=0)
-    lr: float = option(1e-4, "learning rate (AdamW, constant after a linear warm-up)")
-    warmup: int = option(5, "steps of linear warm-up", low=0)
+    clip: float = option(0.2, "clip range of the importance ratio; matters when updates > 1")
+    target_length: int = option(0, "L_target: longer ones get no positive advantage; 0: off")
+    lr: float = option(1e-4, "learning rate of AdamW, constant after 5 steps of warm-up")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    temperature: float = option(1.0, "of all sampling in training, and of the log-probs in the loss")
-    max_prompt_tokens: int = option(1024, "aggregation prompts are cut to this; a longer problem is an error")
+    temperature: float = option(1.0, "of all sampling, and of the log-probs in the loss")
+    max_prompt_tokens: int = option(1024, "longest aggregation prompt; candidates are cut to fit")
     max_trace_tokens: int = option(80, "longest search trace")
     max_aggregation_tokens: int = option(96, "longest aggregation trace")
-    micro_batch_tokens: int = option(8192, "tokens per forward and backward pass; halved when memory runs out")
-    gradient_checkpointing: bool = option(False, "less memory, more time; gives up the shared prefix")
-    shard: bool = option(False, "under torchrun: weights, gradients and optimizer state split over the processes (FSDP2), for models too big for one")
-    dtype: str = option("auto", "of the weights; bf16 ones train by fp32 copies. auto: bf16 for your own model on a GPU", ("auto", "fp32", "bf16"))
-    lora_rank: int = option(0, "train LoRA adapters of this rank (peft) on frozen weights; 0: train all weights", low=0)
-    keep_thinking: bool = option(False, "show candidates with their <think> ... </think>")
+    rows: int = option(512, "completions decoded at a time, and a quarter as many prompts held")
+    micro_batch_tokens: int = option(8192, "tokens per forward and backward pass")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of weights; auto: bf16 on a GPU")
+    lora_rank: int = option(0, "train LoRA adapters of this rank (peft); 0: all weights")
     # Evaluation, use and records
-    eval_problems: int = option(200, "held-out problems of the table before and after; 0: no evaluation", low=0)
-    eval_split: str = option("test", "test, or validation for choosing settings", ("test", "validation"))
-    eval_traces: int = option(16, "traces per held-out problem; a multiple of set_size")
-    rsa_steps: int = option(2, "steps of recursive self-aggregation in the evaluation", low=0)
+    eval_problems: int = option(200, "held-out problems of the table; 0: no evaluation")
+    eval_split: Literal["test", "validation"] = option("test", "validation: to choose settings")
+    eval_traces: int = option(16, "traces per held-out problem")
+    rsa_steps: int = option(2, "steps of recursive self-aggregation")
     population: int = option(8, "population of recursive self-aggregation")
-    save_every: int = option(10, "steps between checkpoints; the last two are kept")
-    transcript_every: int = option(20, "steps between printed transcripts", low=0)
-    dry_run: bool = option(False, "print what a run needs (parameters, tokens, memory) and whether it fits, and stop; loads no weights")
-    ask: str = option("", "answer this question with the whole pipeline, and stop: \"4 9 13 61\" to reach 61 with 4, 9 and 13")
-    def check(self):
-        """Raises ValueError, in one line that says what to change, before any model is loaded."""
-        def need(fine, name, text):
-            if not fine:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {text}")
-        for f in fields(self):
-            value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
-            need(not choices or value in choices, f.name, f"choose from {choices}")
-            need(type(value) in (bool, str) or (math.isfinite(value) and (value > 0 if low is None else value >= low)), f.name,
-                 "must be above 0" if low is None else f"must be at least {low}")
-        for name in {"grpo": (), "grpo-agg": ("num_traces", "num_aggregations"), "spiral": ("num_sets", "num_aggregations")}[self.algo]:
-            need(getattr(self, name) > 1, name, "the baseline of one is the mean of the others; use at least 2")
-        draw_sets(self.num_traces, self.set_size, self.num_sets, torch.Generator(), self.balanced and self.algo != "grpo")
-        need(self.eval_traces % self.set_size == 0, "eval_traces", f"must be a multiple of --set-size {self.set_size}")
-        need(not self.rsa_steps or self.set_size <= self.population <= self.eval_traces, "population",
-             f"must be between --set-size {self.set_size} and --eval-traces {self.eval_traces}")
-        need(self.clip < 1, "clip", "must be below 1")
-        need(not self.shard or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and not self.kl), "shard", "needs torchrun, 2 processes or more, and --kl 0")
+    save_every: int = option(10, "steps between checkpoints, and between printed transcripts")
+    ask: str = option("", 'answer this and stop: "4 9 13 61" to reach 61 with 4, 9 and 13')
+
+    def __post_init__(self):
+        """Raises AssertionError or ValueError: one line that says what to change."""
+        zero_is_fine = "seed search_weight steps target_length lora_rank eval_problems rsa_steps"
+        for name, value in vars(self).items():
+            if type(value) in (int, float):
+                fine = 0 <= value < 2**31 and (value or name in zero_is_fine.split())
+                assert fine, f"--{name.replace('_', '-')} {value}: out of range"
+        assert min(self.num_traces, self.num_aggregations) > 1, "a baseline takes 2 or more of each"
+        enough = self.num_sets > 1 and self.num_traces > self.set_size
+        assert enough, (
+            "--search-credit compares 2 sets or more, and traces in with traces out of them"
+        )
+        fits = self.eval_traces % self.set_size == self.eval_traces % self.population == 0
+        assert fits, "--eval-traces must be a multiple of --set-size and of --population"
+        assert self.set_size <= self.population, "--population must be --set-size at least"
+        draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
         pick_device(self.device)
 
-def pick_device(name):
-    """"auto" is cuda when there is one. Raises ValueError for a device that isn't there."""
-    try:
-        default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" or torch.cuda.is_available() else "cpu"
-        (probe := torch.zeros(1, device=default if name in ("auto", "cuda") else name)).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    torch.cuda.set_device(probe.device) if probe.is_cuda else None       # that of graphs, and of messages between processes
-    return probe.device
 
-def world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)       # (rank, processes) of torchrun
+def pick_device(name):
+    """torch.device of a name; "auto" is cuda when there is one. Raises ValueError if not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: not here ({str(error).splitlines()[0]})") from None
+
+
+# ---- Processes of torchrun: each holds the whole model and takes its share of the problems ----
+
+
+def world():
+    """(rank, processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def add_up(tensor):
-    """The sum over the processes of torchrun, in place."""
+    """The sum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
-# ---- Policy: a causal language model and a tokenizer. Both roles share it; only the prompt differs. -----------------
-CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
-AGGREGATE = ("Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, settle their "
-             "disagreements, and if all are wrong try another way. Then end with the answer in the format asked for.\n")
+
+def say(*lines):
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+# ---- Policy: a causal language model. Both roles share it; only the prompt differs ----
+
 TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
 
-class TinyTokenizer:
-    """A tiktoken encoding built here. Integers below 1000, the tasks' phrases and role markers are single tokens: readable prompts stay short."""
-    def __init__(self):
-        words = enumerate([*tasks.WORDS, *map(str, range(10, 1000))], 256)
-        ranks = {bytes([b]): b for b in range(256)} | {word.encode(): i for i, word in words}
-        self.markers = [*(CANDIDATE.format(i) for i in range(1, 17)), CANDIDATE_END, AGGREGATE]
-        special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
-        pattern = "|".join(map(re.escape, tasks.WORDS)) + r"|[0-9]{1,3}|[\s\S]"
-        self.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.size, self.eos_id, self.eos_ids = self.encoding.n_vocab, special["<end>"], [special["<end>"]]
-    def encode(self, text): return self.encoding.encode_ordinary(text)
-    def decode(self, tokens): return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
-    def chat(self, text):                                    # markers in `text` become role markers, see `neutralise`
-        return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
 
 class HubTokenizer:
-    """A Hugging Face tokenizer and its chat template, with every token that ends a completion."""
+    """A Hugging Face tokenizer, its chat template, and every token that ends a completion."""
+
     def __init__(self, path, settings):
         self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         try:
             listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:                                      # no generation_config.json
+        except OSError:  # no generation_config.json
             listed = settings.eos_token_id
-        self.eos_ids = sorted({self.hf.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None})
-        if not self.eos_ids:
-            raise ValueError(f"{path} names no end-of-sequence token")
-        self.eos_id = self.hf.eos_token_id if self.hf.eos_token_id is not None else self.eos_ids[0]
-        self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, self.hf.added_tokens_decoder.values())} if m.strip()]
-    def encode(self, text): return self.hf.encode(text, add_special_tokens=False)
-    def decode(self, tokens): return self.hf.decode(tokens, skip_special_tokens=True)
+        listed = listed if isinstance(listed, list) else [listed]
+        self.eos_ids = {self.hf.eos_token_id, *listed} - {None}
+        special = [token for token in self.hf.added_tokens_decoder.values() if token.special]
+        self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, special)} if m.strip()]
+        try:
+            heard = self.chat("one") != self.chat("two")
+        except Exception as error:  # a template is somebody else's program
+            raise ValueError(f"{path}: its chat template fails: {error}") from None
+        if not self.eos_ids or not heard:
+            raise ValueError(f"{path}: no end-of-sequence token, or a template without the message")
+
+    def encode(self, text):
+        return self.hf.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens):
+        return self.hf.decode(tokens, skip_special_tokens=True)
+
     def chat(self, text):
-        turns = [{"role": "user", "content": text}]
-        return self.hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) if self.hf.chat_template else self.hf.encode(text)
+        """Prompt tokens of a user's message."""
+        if self.hf.chat_template:
+            turns = [{"role": "user", "content": text}]
+            return self.hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        tokens = self.hf.encode(text)
+        while tokens and tokens[-1] in self.eos_ids:  # some tokenizers end every text
+            tokens.pop()
+        return tokens
+
 
 @dataclass
 class Policy:
-    model: torch.nn.Module       # a transformers causal LM
-    tokenizer: object            # .encode(str) -> list[int], .decode, .eos_id, .eos_ids, .chat(str) -> prompt tokens, .markers
-    device: torch.device
-    graphs: bool = False         # decode by replaying CUDA graphs
-    slots: object = None         # memory of `sample`, which makes it
+    model: torch.nn.Module  # a transformers causal LM with attn_implementation "spiral"
+    tokenizer: object  # .encode(str) .decode(tokens) .chat(str) .eos_ids .markers
+    memory: object  # of `sample`: a Memory
 
-def load_tokenizer(config):
-    """(path, settings, tokenizer) of config.model, without its weights."""
-    path = TINY if config.model == "tiny" else config.model
-    adapters = Path(path) / "adapter_config.json"           # a checkpoint of a LoRA run holds these alone
-    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
+
+def load_tokenizer(name):
+    """(path, settings, tokenizer) of a model, without its weights."""
+    path = TINY if name == "tiny" else Path(name)
+    path = path.resolve() if path.is_dir() else name  # adapters remember it
+    adapters = Path(path) / "adapter_config.json"  # a checkpoint of a LoRA run has these alone
+    base = path
+    if adapters.exists():
+        base = json.loads(adapters.read_text())["base_model_name_or_path"]
+        assert base, f"{adapters} names no base model"
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    return path, settings, TinyTokenizer() if getattr(settings, "spiral_tokenizer", None) == "tiny" else HubTokenizer(path, settings)
+    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
+    return path, settings, tasks.TinyTokenizer() if tiny else HubTokenizer(path, settings)
+
 
 def load_policy(config):
-    """The policy that config.model names; config.lora_rank: frozen, with adapters to train. Raises ValueError or OSError when there is none."""
-    (path, _, tokenizer), device = load_tokenizer(config), pick_device(config.device)
-    half = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda" and isinstance(tokenizer, HubTokenizer))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa",
-                                                 use_safetensors=True, trust_remote_code=False)
-    if config.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})      # renamed
-    if config.lora_rank and not getattr(model, "peft_config", None):         # a checkpoint of a LoRA run brings its own
+    """The policy that config.model names, with its adapters or all its weights trainable. Raises
+    ValueError or OSError when there is none, or when its attention isn't plain and causal."""
+    path, settings, tokenizer = load_tokenizer(config.model)
+    device = pick_device(config.device)
+    bf16 = device.type == "cuda" if config.dtype == "auto" else config.dtype == "bf16"
+    longest = max(config.max_trace_tokens, config.max_aggregation_tokens)
+    needed, limit = (
+        config.max_prompt_tokens + longest,
+        settings.get_text_config().max_position_embeddings,
+    )
+    assert needed <= limit, f"prompt and completion need {needed} positions, {path} has {limit}"
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        attn_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if config.lora_rank and not getattr(model, "peft_config", None):  # a checkpoint has its own
         from peft import LoraConfig
-        torch.manual_seed(config.seed)                       # the same adapters in every process
-        model.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():        # fresh memory: views into a file may be aligned otherwise, and then
-        parameter.data = parameter.data.clone()             # a resumed run rounds otherwise
-        parameter.requires_grad = "lora_" in name if config.lora_rank else parameter.requires_grad
-    if config.shard:                                         # FSDP2: each process keeps a slice of every layer, and gathers the rest of it
-        mesh, model.sharded = dist.init_device_mesh(device.type, (world()[1],)), True      # while it runs. Embedding and head stay whole
-        for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-            layer.set_gradient_divide_factor(1.0)            # gradients are added up, not averaged
-            layer.set_force_sum_reduction_for_comms(True)
-    probe, model = torch.zeros(1, 2, dtype=torch.long, device=device), model.eval().to(device)
+
+        torch.manual_seed(config.seed)  # the same adapters in every process
+        rank = config.lora_rank
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    frozen = bool(getattr(model, "peft_config", None))
+    for name, parameter in model.named_parameters():
+        # Views into a file are aligned otherwise than fresh memory, and then round otherwise
+        parameter.data = parameter.data.clone()
+        parameter.requires_grad = "lora_" in name or not frozen
+    model = model.eval().to(device)  # eval for good: no dropout
+    use_our_attention(model, path)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for module in model.modules():  # transformers checkpoints layers in training mode only
+            module.training = isinstance(module, transformers.GradientCheckpointingLayer)
+    memory = Memory(model, config.rows, config.max_prompt_tokens, longest)
+    return Policy(model, tokenizer, memory)
+
+
+def attention(module, query, key, value, mask, scaling=None, attend=None, **kwargs):
+    """What transformers calls in every layer: queries [B, H, T, D], keys and values [B, kv, T, D]
+    -> [B, T, H, D]. It hands the argument `attend` of the model's forward through to here: prefill,
+    decoding and update differ only in how queries find their keys."""
+    return attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("spiral", attention)  # a name for transformers, nothing more
+
+
+def causal_attention(query, key, value, scaling, bias=None):
+    """Queries attend to keys up to their place, or as the additive `bias` [T, S] says."""
+    how = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    out = F.scaled_dot_product_attention(query, key, value, bias, is_causal=bias is None, **how)
+    return out.transpose(1, 2)
+
+
+def use_our_attention(model, path):
+    """Raises ValueError unless the model then computes what it did before."""
+    settings = model.config.get_text_config().to_dict()
+    window = settings.get("sliding_window") and settings.get("use_sliding_window", True)
+    capped = settings.get("attn_logit_softcapping") or settings.get("final_logit_softcapping")
+    kinds = set(settings.get("layer_types") or []) - {"full_attention"}
+    tokens, layers = torch.arange(4, device=model.device)[None], []
+
+    def attend(layer, *rest):
+        layers.append(layer)
+        return causal_attention(*rest)
+
     with torch.no_grad():
-        logits = head(model, hidden_states(model, probe, cache := DynamicCache()), 1.0)
-        if not torch.allclose(logits, model(probe).logits.float(), rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{path}: this architecture changes its logits in a way that head() doesn't know")
-    layers, heads, width = cache_shape(model)
-    if [(*layer.keys.shape, *layer.values.shape) for layer in cache.layers] != [(1, heads, 2, width) * 2] * layers:
-        raise ValueError(f"{path}: this architecture's cache isn't the keys and values that sample() holds")
-    return Policy(model, tokenizer, device, graphs=device.type == "cuda" and not config.shard)
+        expected = model(tokens).logits.float()
+        model.set_attn_implementation("spiral")
+        logits = head(model, hidden_states(model, tokens, tokens, attend), 1.0)
+    same = layers and torch.allclose(logits, expected, rtol=1e-2, atol=1e-2)
+    if window or capped or kinds or not same:
+        raise ValueError(f"{path}: only models with plain causal attention work here")
 
-def check_fit(config, task, problems):
-    """Raises ValueError when the longest problem, with candidates, can't fit; needs the tokenizer, not the weights."""
-    _, settings, tokenizer = load_tokenizer(config)
-    longest = max((task.prompt(problem) for problem in problems), key=lambda prompt: len(tokenizer.chat(prompt)))
-    aggregation_prompt(tokenizer, longest, ["0" * 100] * config.set_size, config.max_prompt_tokens)
-    limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
-    if (needed := config.max_prompt_tokens + max(config.max_trace_tokens, config.max_aggregation_tokens)) > limit:
-        raise ValueError(f"--max-prompt-tokens and the completion need {needed} positions, but {config.model} has {limit}")
 
-def hidden_states(model, tokens, cache=None, lengths=None, before=0, column=0, own=0):
-    """Last hidden states [B, T, d]: the model without its vocabulary head. With `lengths` [B, 1] of prompts: behind `before` columns of these, and
-    `own` more, of which `column` is the first token's. A token attends to its prompt and the own columns up to itself, within its sliding window."""
-    settings, positions, mask = model.config.get_text_config(), None, None
-    if getattr(model, "sharded", False):
-        add_up(torch.ones(1))                                # see keep_step
-    if lengths is not None:
-        columns = torch.arange(max(before, own), device=tokens.device)
-        positions = lengths + column + columns[:tokens.shape[1]]                                                         # [B, T]
-        keys = torch.cat([torch.where(columns[:before] < lengths, columns[:before], 1 << 30), lengths + columns[:own]], 1)    # [B, S]
-        allowed = keys[:, None] <= positions[:, :, None]     # [B, T, S]
-        kinds, window = set(getattr(settings, "layer_types", None) or ()), getattr(settings, "sliding_window", None)
-        near = allowed & (keys[:, None] > positions[:, :, None] - window) if window else allowed
-        def to_add(which): return torch.where(which[:, None], 0.0, torch.finfo(model.dtype).min).to(model.dtype)      # layers share it, not copies
-        mask = to_add(allowed if kinds else near) if "sliding_attention" not in kinds else {            # [B, 1, T, S]
-            "full_attention": to_add(allowed), "sliding_attention": to_add(near)}
-    past = {"cache" if [*map(int, transformers.__version__.split(".")[:2])] >= [5, 24] else "past_key_values": cache}
-    return model.base_model(tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **past).last_hidden_state
+def hidden_states(model, tokens, positions, attend):
+    """Last hidden states [B, T, d] of tokens and positions [B, T]: the model without its head."""
+    out = model.base_model(tokens, position_ids=positions, use_cache=False, attend=attend)
+    return out.last_hidden_state
+
 
 def head(model, hidden, temperature):
     """Logits at `temperature`, fp32 [..., V]."""
-    logits = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    return model.get_output_embeddings()(hidden).float() / temperature
 
-def pad(rows, device):
-    """Lists of integers -> [B, longest] int64, zeros on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=0).to(device)
 
-def keep_step(model):
-    """Gathering a layer takes all processes: those with fewer passes to make add passes over one token. -> their sum, times 0, for backward."""
-    nothing = 0.0
-    while getattr(model, "sharded", False) and add_up(torch.zeros(1)).item():            # someone is in hidden_states
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        nothing = nothing + 0 * model.base_model(input_ids=token, use_cache=False).last_hidden_state.sum()
-    return nothing
+# ---- Sampler: Python decides which rows run, tensors compute. Each prompt is prefilled and held once,
+# all rows decode together, and finished rows make room for waiting prompts ----
 
-# ---- Sampler: prefill each distinct prompt once, decode all rows together, let finished rows make room for waiting prompts. ----
+
 @dataclass
-class Samples:
-    tokens: torch.Tensor         # [B, T] int64
-    logprobs: torch.Tensor       # [B, T] float32, of the sampled tokens at the sampling temperature; 0 where mask is False
-    mask: torch.Tensor           # [B, T] bool, True up to and including EOS
-    truncated: torch.Tensor      # [B] bool, no EOS within the limit
-    def __getitem__(self, rows): return Samples(self.tokens[rows], self.logprobs[rows], self.mask[rows], self.truncated[rows])
+class Completion:
+    """A trace or an aggregation; while it is sampled, a row of the batch."""
 
-def shared_prefix_attention(memory, rows, owner, place, column, places, module, query, key, value, mask, scaling=None, **kwargs):
-    """A decoding step's attention, query [B, H, 1, D] -> [B, 1, H, D]: writes key and value [B, kv, 1, D] into the memory, and reads a prompt's keys
-    once for all of its completions. For that the queries lie in a grid: prompts (U, and one for dead rows) x places among their completions (R)."""
-    prompt_keys, prompt_values, keys, values = (tensor[module.layer_idx] for tensor in memory)   # [U, kv, L, D] twice, [B, kv, T, D] twice
-    (prompts, kv, before, width), heads = prompt_keys.shape, query.shape[1]
-    keys[rows, :, column], values[rows, :, column] = key[:, :, 0], value[:, :, 0]
-    def spread(x):                                           # [B, kv, G, C] -> [U, kv, R * G, C]
-        grid = x.new_zeros(prompts + 1, kv, places, *x.shape[2:])
-        grid[owner, :, place] = x
-        return grid[:-1].flatten(2, 3)
-    def collect(x): return x.unflatten(2, (places, -1))[owner, :, place]                         # and back
-    def scores(a, b):                                        # in fp32: rounded to bf16 they would cost the log-probs two digits
-        if a.dtype != torch.float32 and a.is_cuda:
-            return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, a.shape[:2])
-        return a.float() @ b.float().mT
-    query = query.view(len(rows), kv, -1, width) * (width ** -0.5 if scaling is None else scaling)             # [B, kv, G, D]
-    weights = torch.cat([collect(scores(spread(query), prompt_keys)), scores(query, keys)], -1)             # [B, kv, G, L + T]
-    weights = weights.add_(mask).softmax(-1).to(values.dtype)
-    mixed = collect(spread(weights[..., :before]) @ prompt_values) + weights[..., before:] @ values         # [B, kv, G, D]
-    return mixed.view(len(rows), 1, heads, width), None
+    prompt: int  # which one of the call
+    uniforms: list  # one a token
+    code: float  # see draw_tokens()
+    tokens: list = field(default_factory=list)  # up to and including EOS
+    logprobs: list = field(default_factory=list)  # of the tokens, at the sampling temperature
+    truncated: bool = True  # has no EOS
+    text: str = ""
+    reward: float = 0.0
+    advantage: float = 0.0
 
-class Slots:
-    """Memory of decoding: prompts, each once for its completions, and slots. Kept, for fresh memory is slow, and CUDA graphs hold its addresses."""
-    def __init__(self, policy, room, longest, count, limit, total):
-        (layers, heads, width), device = cache_shape(policy.model), policy.device
-        memory = lambda *sizes: torch.zeros(sizes, dtype=policy.model.dtype, device=device)                 # noqa: E731
-        self.sizes = self.room, self.longest, self.count, self.limit, self.total = room, longest, count, limit, total
-        self.eos_ids, self.graphs = torch.tensor(policy.tokenizer.eos_ids, device=device), {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None    # all graphs work in the same scratch memory
-        self.prompts, self.completions = memory(2, layers, room, heads, longest, width), memory(2, layers, count, heads, limit, width)  # keys, values
-        # Of each slot: its prompt and its place among the prompt's completions; its row of the output, the next and the last token there
-        self.states = self.owner, self.place, self.row, self.step, self.token = [*torch.zeros(5, count, dtype=torch.long, device=device)]
-        self.length, self.done = torch.zeros(room, dtype=torch.long, device=device), torch.ones(count, dtype=torch.bool, device=device)
-        self.uniforms = torch.zeros(total + 1, limit + 1, dtype=torch.float64, device=device)      # the last row and column are trash
-        self.tokens, self.logprobs = self.uniforms.long(), self.uniforms.float()
 
-def cache_shape(model):
-    """(layers, heads, width) of a model's cache."""
-    text = model.config.get_text_config()
-    return (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+class Memory:
+    """Keys and values while decoding, allocated once: CUDA graphs hold the addresses. A prompt is held
+    without its last token, which is the first input of its rows: so all tokens are sampled in one
+    place, decode_step()."""
 
-def most_slots(model, length, device):
-    """How many slots of `length` tokens half of the free memory holds (on the CPU: 1 GB)."""
-    free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            if device.type == "cuda" else 2 << 30)
-    return max(1, free // 2 // (2 * math.prod(cache_shape(model)) * model.dtype.itemsize * length))
+    def __init__(self, model, rows, prompt_tokens, new_tokens):
+        settings = model.config.get_text_config()
+        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+        width = settings.hidden_size // settings.num_attention_heads
+        width = getattr(settings, "head_dim", None) or width
+        pairs = settings.num_hidden_layers, 2  # keys, values
+        zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
+        self.prompts = zeros(*pairs, rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
+        self.own = zeros(*pairs, rows, heads, new_tokens, width)
+        self.inputs = torch.zeros(5, rows, dtype=torch.float64, device=model.device)
+        self.graphs = {} if model.device.type == "cuda" else None
 
-def fill_gaps(used, tensors):
-    """The last of the `used` [n] rows move into the gaps before them. Returns how many there are, and where each row is now [n]."""
-    left, now_at = int(used.sum()), torch.arange(len(used), device=used.device)
-    holes, movers = (~used[:left]).nonzero()[:, 0], used[left:].nonzero()[:, 0] + left
-    for tensor in tensors if len(holes) else ():
-        tensor[holes] = tensor[movers]
-    now_at[movers] = holes
-    return left, now_at
 
-def draw_tokens(logits, uniforms, greedy):
-    """Tokens and log-probs by inverting the CDF at a row's own uniform: they don't depend on the batch. logits [B, V] fp32, uniforms [B] fp64."""
-    if greedy:
-        return logits.argmax(-1), torch.zeros_like(logits[:, 0])        # a point mass: log-prob 0
-    logprobs = logits.log_softmax(-1)                                   # [B, V]
+def draw_uniforms(num_samples, limit, generator=None, lattice=1):
+    """Uniforms [num_samples, limit] fp64 of one prompt; the first of a row is its code. Codes of a
+    lattice are (i + shift) / lattice in random order, one shift for all: each is uniform, together
+    they spread over the CDF (QuasiMoTTo, arXiv 2607.01179). A lattice of 1: independent codes."""
+    uniforms = torch.rand(num_samples, limit, generator=generator, dtype=torch.float64)
+    if lattice > 1:
+        order = torch.rand(num_samples // lattice, lattice, generator=generator).argsort(1)
+        uniforms[:, 0] = ((order + uniforms[::lattice, :1]) / lattice).flatten()
+    return uniforms
+
+
+def draw_tokens(logits, codes):
+    """Sample by inverting the CDF: logits [B, V] fp32, codes [B] fp64 uniform in [0, 1) -> tokens,
+    their log-probs, and what is left of the codes, all [B]: where in its token's slice of the CDF
+    each one fell, which is uniform again, whatever the token."""
+    logprobs = logits.log_softmax(-1)  # [B, V]
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    targets = (codes * cdf[:, -1])[:, None]
+    tokens = torch.searchsorted(cdf, targets, right=True).clamp_(max=logits.shape[-1] - 1)  # [B, 1]
+    logprob = logprobs.gather(-1, tokens)
+    above = cdf.gather(-1, tokens) - targets  # from the code to the slice's upper end
+    left = (1 - above / logprob.exp()).clamp(0, 1 - 2**-53)
+    return tokens[:, 0], logprob[:, 0], left[:, 0]
 
-def bucket(n, sizes=4):
-    """n rounded up to one of `sizes` an octave: few shapes, little waste."""
-    step = max(1, (1 << (n - 1).bit_length()) // (2 * sizes))
+
+def prefill(policy, prompts, first):
+    """Runs prompts (token lists), once each, into the places of memory from `first` on."""
+    rows = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True).to(policy.model.device)  # [U, L]
+    places = policy.memory.prompts[:, :, first : first + len(prompts), :, : tokens.shape[1]]
+
+    def attend(layer, query, key, value, scaling):
+        places[layer, 0] = key
+        places[layer, 1] = value
+        return causal_attention(query, key, value, scaling)  # pads come last: nobody sees them
+
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    hidden_states(policy.model, tokens, positions, attend)
+
+
+def decode_attention(prompts, own, slots, places, steps, bias):
+    """The `attend` of one query a row, [B, H, 1, D] -> [B, 1, H, D]. prompts [layers, 2, U, kv, L, D]
+    and own [layers, 2, B, kv, T, D] are keys and values; new ones go to column steps [B] of own. A
+    prompt is read once for all of its rows, whose queries wait side by side: in slots [B], which is
+    prompt * places + place among them. bias [B, 1, 1, L + T]: 0 or -inf."""
+    rows = torch.arange(len(slots), device=slots.device)
+
+    def spread(x):  # [B, kv, G, C] -> [U, kv, places * G, C]
+        grid = x.new_zeros(prompts.shape[2] * places, *x.shape[1:])
+        grid[slots] = x
+        return grid.unflatten(0, (-1, places)).transpose(1, 2).flatten(2, 3)
+
+    def collect(x):  # and back
+        return x.unflatten(2, (places, -1)).transpose(1, 2).flatten(0, 1)[slots]
+
+    def attend(layer, query, key, value, scaling):
+        prompt_keys, prompt_values = prompts[layer]  # [U, kv, L, D]
+        keys, values = own[layer]  # [B, kv, T, D]
+        keys[rows, :, steps] = key[:, :, 0]
+        values[rows, :, steps] = value[:, :, 0]
+        width = query.shape[-1]
+        query = query.view(len(rows), keys.shape[1], -1, width)  # [B, kv, G, D]: G share a key
+        query = query * (width**-0.5 if scaling is None else scaling)
+        scores = [collect(spread(query) @ prompt_keys.mT), query @ keys.mT]  # of prompt and own
+        weights = (torch.cat(scores, -1) + bias).softmax(-1, torch.float32).to(values.dtype)
+        of_prompt, of_own = weights.split([prompts.shape[4], own.shape[4]], -1)
+        mixed = collect(spread(of_prompt) @ prompt_values) + of_own @ values  # [B, kv, G, D]
+        return mixed.reshape(len(rows), 1, -1, width)
+
+    return attend
+
+
+def decode_step(policy, inputs, shape, temperature):
+    """One token for each row. inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in
+    memory, slot, code -> [3, B] fp64: token, log-prob, what is left of the code. shape: (prompts,
+    their columns, columns of rows, places) to read. Looks at no value: it can be a CUDA graph."""
+    prompts, before, columns, places = shape
+    tokens, steps, lengths, slots = inputs[:4].long()
+    held = policy.memory.prompts[:, :, :prompts, :, :before]
+    own = policy.memory.own[:, :, : len(slots), :, :columns]
+    index = torch.arange(max(before, columns), device=inputs.device)
+    seen = index[: held.shape[4]] < lengths[:, None], index[: own.shape[4]] <= steps[:, None]
+    bias = torch.where(torch.cat(seen, 1), 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
+    attend = decode_attention(held, own, slots, places, steps, bias)
+    hidden = hidden_states(policy.model, tokens[:, None], (lengths + steps)[:, None], attend)
+    logits = head(policy.model, hidden[:, 0], temperature or 1.0)  # [B, V]
+    tokens, logprobs, left = draw_tokens(logits, inputs[4])
+    if temperature == 0:  # greedy: a point mass, of log-prob 0
+        tokens, logprobs = logits.argmax(-1), torch.zeros_like(logprobs)
+    return torch.stack([tokens.double(), logprobs.double(), left])
+
+
+def bucket(n):
+    """n rounded up to one of four sizes an octave: few shapes, little waste."""
+    step = max(1, (1 << (n - 1).bit_length()) // 8)
     return -(-n // step) * step
 
-def capture(function, pool):
-    """`function`, whose memory is static, as a replay of its CUDA kernels. Weights change in place: it stays valid through training."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool):                  # back to this stream even when it fails
-        function()
-    return graph.replay
+
+def replay(policy, inputs, shape, temperature):
+    """decode_step as a CUDA graph, of rounded shape. Weights change in place: it stays valid."""
+    memory, rows = policy.memory, inputs.shape[1]
+    prompts, *others = shape
+    shape = tuple(map(bucket, (prompts + 1, *others)))  # nobody's rows have a prompt to themselves
+    static = memory.inputs[:, : bucket(rows)].zero_()
+    static[3] = -1  # its last slot
+    static[:, :rows] = inputs
+    key = static.shape[1], shape, temperature
+    if key not in memory.graphs:
+        decode_step(policy, static, shape, temperature)  # plainly, which warms up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = decode_step(policy, static, shape, temperature)
+        memory.graphs[key] = graph, outputs
+    graph, outputs = memory.graphs[key]
+    graph.replay()
+    return outputs[:, :rows]
+
+
+def decode(policy, active, held, prompts, temperature, lattice):
+    """A token for each of the `active` rows. held: which of the `prompts` lies where in memory."""
+    place = {prompt: i for i, prompt in enumerate(held)}
+    unseen = collections.Counter(row.prompt for row in active)
+    places = max(unseen.values())
+    inputs = []
+    for row in active:
+        prompt = prompts[row.prompt]
+        unseen[row.prompt] -= 1
+        slot = place[row.prompt] * places + unseen[row.prompt]
+        last = row.tokens[-1] if row.tokens else prompt[-1]
+        inputs.append((last, len(row.tokens), len(prompt) - 1, slot, row.code))
+    inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
+    before, own = max(len(prompts[i]) for i in held), 1 + max(len(row.tokens) for row in active)
+    step = decode_step if policy.memory.graphs is None else replay
+    outputs = step(policy, inputs, (len(held), before, own, places), temperature)
+    for row, (token, logprob, left) in zip(active, outputs.T.tolist(), strict=True):
+        row.tokens.append(int(token))
+        row.logprobs.append(logprob)
+        row.truncated = token not in policy.tokenizer.eos_ids
+        # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh uniform
+        # is as good as what is left of the code, and rounding can't add up
+        if lattice > 1 and sum(row.logprobs) >= -math.log(lattice):
+            row.code = left
+        elif len(row.tokens) < len(row.uniforms):
+            row.code = row.uniforms[len(row.tokens)]
+
+
+def close_gaps(items, needed, cache):
+    """The last `needed` items move into the places of those not needed, with their keys and values in
+    cache [layers, 2, items, kv, columns, D]."""
+    left = sum(needed)
+    holes = [i for i in range(left) if not needed[i]]
+    movers = [i for i in range(left, len(items)) if needed[i]]
+    if holes:
+        cache[:, :, holes] = cache[:, :, movers]
+    for hole, mover in zip(holes, movers, strict=True):
+        items[hole] = items[mover]
+    del items[left:]
+
 
 @torch.no_grad()
-def sample(policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, max_rows=0):
-    """Sample `num_samples` completions of each prompt (a list of token lists) -> Samples, in prompt-major order. temperature 0 is greedy. max_rows:
-    rows decoded at a time; 0 sizes it to the memory. Reproducible from `generator`: one, or a list of one for each prompt, which makes a
-    prompt's samples independent of the others. Raises ValueError for an empty prompt."""
-    model, device, settings = policy.model, policy.device, policy.model.config.get_text_config()
-    if not prompts or not all(prompts):
-        raise ValueError("sample needs at least one prompt, and a token in each")
-    total, longest, slots, waiting = len(prompts) * num_samples, bucket(max(map(len, prompts)), 8), policy.slots, {}     # distinct prompt -> its rows
-    for i, prompt in enumerate(prompts):
-        waiting.setdefault(tuple(prompt), []).extend(range(i * num_samples, (i + 1) * num_samples))
-    waiting = sorted(waiting.items(), key=lambda item: len(item[0]))     # the longest are taken first
-    share = min(1.0, 2 / num_samples)                        # prompts to a slot: twice what it takes as long as all their completions go on
-    def sizes():                                             # of the slots that it takes: as many as it can use, and as the memory holds
-        count = min(total, max_rows or total, most_slots(model, max_new_tokens + math.ceil(share * longest), device))
-        return min(len(waiting), math.ceil(share * count) + 1), longest, count, max_new_tokens, total
-    if not slots or slots.prompts.dtype != model.dtype or any(has < needed for has, needed in zip(slots.sizes, sizes())):
-        slots = policy.slots = None                          # too small: its memory is free for the next
-        slots = policy.slots = Slots(policy, *sizes())
-    room, count, alive, held = slots.room, min(total, max_rows or total, slots.count), 0, 0              # in use: slots 0..alive-1, prompts 0..held-1
-    places = min(count, max(len(rows) for _, rows in waiting))
-    slots.owner[:], slots.place[:], slots.row[:], slots.step[:], slots.done[:] = -1, 0, -1, 0, True       # nobody's slots work for the trash
-    slots.tokens[:], slots.logprobs[:], slots.uniforms[:total, :max_new_tokens] = policy.tokenizer.eos_id, 0, torch.cat([
-        torch.rand(num_samples, max_new_tokens, generator=g, dtype=torch.float64, device=g.device if g else "cpu")
-        for g in (generator if isinstance(generator, list) else [generator] * len(prompts))])
-    def emit(logits, s):
-        """Sample a token for each of the slots `s`, record it, and see whether it was the last."""
-        row, step, done = slots.row[s], slots.step[s], slots.done[s]
-        column = torch.where(done, slots.limit, step)     # a finished completion runs on, into the trash, until the next look
-        slots.token[s], logprob = draw_tokens(logits, slots.uniforms[row, column], temperature == 0)
-        slots.tokens[row, column], slots.logprobs[row, column] = slots.token[s], logprob
-        step += ~done
-        done |= (slots.token[s, None] == slots.eos_ids).any(-1) | (step >= max_new_tokens)
-    def prefill(batch, new, these):
-        """(prompt, rows of the output) each into the prompts `these`, and the first token of each row into the slots `new`."""
-        padded = pad([prompt for prompt, _ in batch], device)                                         # [U, L]
-        hidden = hidden_states(model, padded, prefix := DynamicCache())                                  # causal: pads come last
-        for i, layer in enumerate(prefix.layers):
-            slots.prompts[0, i, these, :, :padded.shape[1]], slots.prompts[1, i, these, :, :padded.shape[1]] = layer.keys, layer.values
-        slots.length[these] = length = torch.tensor([len(prompt) for prompt, _ in batch], device=device)                 # [U]
-        owner, place, row = torch.tensor([(u, i, r) for u, (_, rows) in enumerate(batch) for i, r in enumerate(rows)], device=device).T        # [new]
-        slots.owner[new], slots.place[new], slots.row[new], slots.step[new], slots.done[new] = these.start + owner, place, row, 0, False
-        emit(head(model, hidden[torch.arange(len(batch), device=device), length - 1], temperature or 1.0)[owner], new)
-    def decode(alive, held, before, own):
-        """One token for each of the first slots, which attend to `before` columns of one of the first prompts, and `own` of theirs."""
-        owner, place, column = slots.owner[:alive], slots.place[:alive], slots.step[:alive] - 1
-        memory = (*slots.prompts[:, :, :held, :, :before], *slots.completions[:, :, :alive, :, :own])
-        attention = functools.partial(shared_prefix_attention, memory, torch.arange(alive, device=device), owner, place, column, places)
-        AttentionInterface.register("shared_prefix", attention)
-        plain, settings._attn_implementation = settings._attn_implementation, "shared_prefix"
-        try:
-            hidden = hidden_states(model, slots.token[:alive, None], None, slots.length[owner][:, None], before, column[:, None], own)    # [B, 1, d]
-        finally:
-            settings._attn_implementation = plain
-            AttentionInterface.register("shared_prefix", None)                                              # it holds the memory
-        emit(head(model, hidden[:, 0], temperature or 1.0), slice(alive))
-    while waiting or alive:
-        # Prefill: waiting prompts as soon as a quarter of the slots is free, at most 16k tokens at a time
-        while waiting and held < room and (not alive or count - alive >= max(len(waiting[-1][1]), count // 4)):
-            batch, free = [], count - alive
-            while waiting and free and held + len(batch) < room and (
-                    not batch or (len(waiting[-1][1]) <= free and (len(batch) + 1) * len(batch[0][0]) <= 16384)):
-                prompt, rows = waiting.pop()
-                batch.append((list(prompt), rows[:free]))
-                if len(rows) > free:                         # more samples than slots: the rest waits
-                    waiting.append((prompt, rows[free:]))
-                free -= len(batch[-1][1])
-            prefill(batch, slice(alive, count - free), slice(held, held + len(batch)))
-            alive, held = count - free, held + len(batch)
-        # Decode: one token for every row; on a GPU eight, for a look at which rows are done waits for it
-        own, before = int(slots.step[:alive].max()), int(slots.length[:held].max())
-        for i in range(8 if policy.graphs or device.type == "cuda" else 1):
-            shape = alive, held, before, min(own + i, max_new_tokens)
-            if policy.graphs:                                # of few shapes
-                shape = *map(min, map(bucket, (alive, held, before, own + i), (4, 2, 4, 4)), (slots.count, slots.room, slots.longest, slots.limit)),
-            key, step = (*shape, places, max_new_tokens, temperature), functools.partial(decode, *shape)
-            slots.graphs.get(key, step)()                    # the first time plainly, which warms up for the capture
-            if policy.graphs and key not in slots.graphs and len(slots.graphs) < 128:        # some 20 MB each
-                try:
-                    slots.graphs[key] = capture(step, slots.pool)
-                except RuntimeError as error:
-                    policy.graphs = False
-                    print(f"no CUDA graphs, decoding goes on without: {str(error).splitlines()[0]}", flush=True)
-        # Stop: when a tenth has finished, the last ones move into their slots, and into the place of prompts that no slot needs
-        left = int((~slots.done[:alive]).sum())
-        if left <= 0.9 * alive:
-            columns = [layer[:, :, :shape[3]] for layer in slots.completions.flatten(0, 1)]
-            fill_gaps(~slots.done[:alive], [*slots.states, slots.done, *columns])
-            slots.owner[left:], slots.place[left:], slots.row[left:], slots.step[left:], slots.done[left:] = -1, 0, -1, 0, True
-            used = torch.zeros(held, dtype=torch.bool, device=device).index_fill_(0, slots.owner[:left], True)
-            columns = [layer[:, :, :shape[2]] for layer in slots.prompts.flatten(0, 1)]
-            (held, now_at), alive = fill_gaps(used, [slots.length, *columns]), left
-            slots.owner[:left] = now_at[slots.owner[:left]]
-    tokens, logprobs = slots.tokens[:total, :max_new_tokens], slots.logprobs[:total, :max_new_tokens]
-    ended = (tokens[:, :, None] == slots.eos_ids).any(-1)
-    mask = (ended.cumsum(-1) - ended.long()) == 0            # True up to and including the first EOS
-    width = int(mask.sum(-1).max())
-    return Samples(tokens[:, :width].clone(), logprobs[:, :width] * mask[:, :width], mask[:, :width], ~ended.any(-1))
+def sample(
+    policy,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    num_samples=1,
+    generator=None,
+    max_rows=0,
+    lattice=1,
+):
+    """`num_samples` completions of each prompt (a list of token lists) -> [prompts][num_samples]
+    Completions.
 
-# ---- Sets, and the aggregation prompt -------------------------------------------------------------------------------
+    temperature 0 is greedy. generator: one, or a list of one for each prompt, which makes a prompt's
+    samples independent of the others. max_rows: rows decoded at a time, 0: all that memory holds.
+    lattice: so many of a prompt's completions share a lattice of codes. What is sampled doesn't depend
+    on the batch. Raises ValueError for an empty prompt, and for what memory doesn't hold."""
+    memory = policy.memory
+    most, longest = max_rows or memory.own.shape[2], memory.prompts.shape[4]
+    if not prompts or not all(prompts) or num_samples % lattice:
+        raise ValueError("sample needs prompts of a token or more, and whole lattices of samples")
+    too_long = max(map(len, prompts)) > longest or max_new_tokens > memory.own.shape[4]
+    if too_long or num_samples > most:
+        raise ValueError("too much for memory: raise --max-prompt-tokens, --rows or the limits")
+    generators = generator if isinstance(generator, list) else [generator] * len(prompts)
+    results = []
+    for i, own in enumerate(generators):
+        uniforms = draw_uniforms(num_samples, max_new_tokens, own, lattice).tolist()
+        results.append([Completion(i, row, row[0]) for row in uniforms])
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
+    active, held = [], []
+    progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
+    while waiting or active:
+        free = most - len(active)
+        room = min(free // num_samples, memory.prompts.shape[2] - 1 - len(held))
+        if waiting and room and (not active or free >= most // 4):  # small batches are slow
+            room = min(room, max(1, 16384 // len(prompts[waiting[0]])))  # tokens at once
+            new, waiting = waiting[:room], waiting[room:]
+            prefill(policy, [prompts[i] for i in new], len(held))
+            held += new
+            active += [row for i in new for row in results[i]]
+        decode(policy, active, held, prompts, temperature, lattice)
+        before, columns = len(active), max(len(row.tokens) for row in active)
+        go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
+        close_gaps(active, go_on, memory.own[:, :, :, :, :columns])
+        needed = {row.prompt for row in active}
+        columns = max(len(prompts[i]) for i in held)
+        close_gaps(held, [i in needed for i in held], memory.prompts[:, :, :, :, :columns])
+        progress.update(before - len(active))
+    progress.close()
+    return results
+
+
+# ---- Sets, and the aggregation prompt ----
+
+
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
-    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each shuffled. Uniform without replacement; or balanced:
-    each trace in K n / N1 sets, by cutting up permutations of the traces until they fit. Raises ValueError when there are no such sets."""
-    if not 1 <= set_size <= num_traces or num_sets > math.comb(num_traces, set_size) or (balanced and num_sets * set_size % num_traces):
-        raise ValueError(f"there are no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces: "
-                         f"change --num-sets, --set-size or --num-traces{', or say --no-balanced' * balanced}")
-    # A block of whole permutations, cut into sets, holds every trace equally often; without balance a block is one set
-    block_size, sets = math.lcm(num_traces, set_size) if balanced else set_size, []
+    """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
+    order. Uniform without replacement, or balanced: each trace in K n / N1 sets. Raises ValueError
+    when there are no such sets."""
+    what = f"{num_sets} distinct sets of {set_size} of {num_traces} traces"
+    possible = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
+    if not possible or (balanced and num_sets * set_size % num_traces):
+        hint = ", balanced: say --no-balanced, or" if balanced else ":"
+        raise ValueError(f"there are no {what}{hint} change --num-sets, --set-size or --num-traces")
+    # A block of whole permutations, cut into sets, holds every trace equally often; without balance a
+    # block is one set. Blocks that don't fit are drawn again
+    block = math.lcm(num_traces, set_size) if balanced else set_size
+    sets = []
     for _ in range(10_000 * num_sets):
-        shuffled = torch.cat([torch.randperm(num_traces, generator=generator) for _ in range(math.ceil(block_size / num_traces))])
-        more = sets + shuffled[:block_size].view(-1, set_size).tolist()
-        fits = len({frozenset(s) for s in more if len(set(s)) == set_size}) == len(more)
-        sets = more if fits else [] if balanced and torch.rand((), generator=generator) < 0.05 else sets         # out of dead ends
+        rounds = range(math.ceil(block / num_traces))
+        order = torch.cat([torch.randperm(num_traces, generator=generator) for _ in rounds])
+        more = sets + order[:block].view(-1, set_size).tolist()
+        if len({frozenset(s) for s in more if len(set(s)) == set_size}) == len(more):
+            sets = more
+        elif balanced and torch.rand((), generator=generator) < 0.05:
+            sets = []  # out of a dead end
         if len(sets) == num_sets:
             return torch.tensor(sets)
-    raise ValueError(f"found no {num_sets} distinct{' balanced' * balanced} sets of {set_size} of {num_traces} traces")
+    raise ValueError(f"found no {what}")
+
 
 def neutralise(text, markers):
-    """Sampled text made harmless: it can't close its candidate, open another, or write a special token of the tokenizer."""
+    """Sampled text made harmless: it can't close its candidate, open another, or write a special
+    token."""
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
     while any(marker in text for marker in markers):
         for marker in markers:
             text = text.replace(marker, " ")
     return text
 
+
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no limit) these lose their beginnings, for
-    answers come last: short ones stay whole, the others share the room equally. Raises ValueError when the problem leaves no room."""
+    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no
+    limit) these lose their beginnings, since answers come last: short ones stay whole, the others
+    share the room equally. Raises ValueError when the problem leaves no room."""
+
     def build(texts):
-        return tokenizer.chat(prompt + "".join(CANDIDATE.format(i) + text + CANDIDATE_END for i, text in enumerate(texts, 1)) + AGGREGATE)
+        start, end = tasks.CANDIDATE, tasks.CANDIDATE_END
+        candidates = [start.format(i) + text + end for i, text in enumerate(texts, 1)]
+        return tokenizer.chat(prompt + "".join(candidates) + tasks.AGGREGATE)
+
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-    tokens, bodies, room = build(texts), [tokenizer.encode(text) for text in texts], max_tokens - len(build([""] * len(traces)))
+    tokens = build(texts)
+    bodies = [tokenizer.encode(text) for text in texts]
+    room = max_tokens - len(build([""] * len(texts)))
     while max_tokens and len(tokens) > max_tokens:
         if room < len(texts):
-            raise ValueError(f"a problem leaves no room for {len(texts)} candidates in {max_tokens} prompt tokens: raise --max-prompt-tokens")
-        left, limits = room, [0] * len(texts)
+            few = f"{len(texts)} candidates in {max_tokens} prompt tokens"
+            raise ValueError(f"a problem leaves no room for {few}: raise --max-prompt-tokens")
+        left = room
         for rank, i in enumerate(sorted(range(len(texts)), key=lambda i: len(bodies[i]))):
-            limits[i] = min(len(bodies[i]), left // (len(texts) - rank))
-            left -= limits[i]
-        tokens = build([tokenizer.decode(body[len(body) - limit:]) for body, limit in zip(bodies, limits)])
-        room -= len(tokens) - max_tokens                     # cutting can change how the text splits into tokens: then once more
+            limit = min(len(bodies[i]), left // (len(texts) - rank))
+            texts[i] = tokenizer.decode(bodies[i][len(bodies[i]) - limit :])
+            left -= limit
+        tokens = build(texts)
+        room -= len(tokens) - max_tokens  # cut text can split into more tokens: then once more
     return tokens
 
-# ---- Advantages: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) is unbiased for grad J (paper.md section 5; tests enumerate it). ----
-def search_advantages(rewards, sets, num_traces, balanced=False, estimator="leave-one-out"):
-    """a_j: rewards [P, K, N2], sets [P, K, n] -> [P, N1]. A_set(k) = f_k - mean_{l != k} f_l;  a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)).
-    Other sets with the same trace cancel the fraction p of its signal. "published": self-inclusive baseline, and the mean over the sets of j."""
-    (_, num_sets, set_size), scores = sets.shape, rewards.mean(-1)                     # f_k: [P, K]
-    member = torch.nn.functional.one_hot(sets, num_traces).sum(2).to(scores.dtype)     # [P, K, N1]
-    advantages = scores - scores.mean(1, keepdim=True)                                 # [P, K]
-    summed = (advantages[:, :, None] * member).sum(1)                                  # [P, N1]
-    if estimator == "published":
+
+# ---- Advantages. sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km): unbiased for grad J ----
+
+
+def search_advantages(rewards, sets, num_traces, balanced=False, published=False):
+    """Set credit (paper.md section 5): rewards [P, K, N2], sets [P, K, n] -> a_j, [P, N1].
+
+    A_set(k) = f_k - mean_{l != k} f_l, the set's score against the other sets', and
+    a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j as well:
+    j's own score is then in the baseline, which cancels this fraction of its signal.
+    published: self-inclusive baseline, and the mean over the sets that hold j."""
+    _, num_sets, set_size = sets.shape
+    set_scores = rewards.mean(-1)  # [P, K] f_k
+    member = F.one_hot(sets, num_traces).sum(2).to(set_scores.dtype)  # [P, K, N1]
+    from_mean = set_scores - set_scores.mean(1, keepdim=True)  # [P, K]
+    summed = (from_mean[:, :, None] * member).sum(1)  # [P, N1]
+    if published:
         return summed / member.sum(1).clamp(min=1)
-    # p: the chance that another set also holds a given member; balanced, that is another R - 1 of K - 1 sets, R = K n / N1
-    p = ((num_sets * set_size / num_traces - 1) / (num_sets - 1) if balanced else
-         (math.comb(num_traces - 1, set_size - 1) - 1) / (math.comb(num_traces, set_size) - 1))
+    if balanced:  # of the other K - 1 sets, R - 1 hold j as well, with R = K n / N1
+        p = (num_sets * set_size / num_traces - 1) / (num_sets - 1)
+    else:
+        holding_j = math.comb(num_traces - 1, set_size - 1)
+        p = (holding_j - 1) / (math.comb(num_traces, set_size) - 1)
+    # A_set(k) is K / (K - 1) from_mean, and its K cancels that of the definition
     return summed / ((num_sets - 1) * (1 - p))
 
-def aggregation_advantages(rewards, estimator="leave-one-out"):
-    """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2]. "published": r_km - mean_m r_km."""
-    advantages = rewards - rewards.mean(-1, keepdim=True)
-    return advantages if estimator == "published" else advantages / ((rewards.shape[-1] - 1) * rewards.shape[1])
+
+def aggregation_advantages(rewards, published=False):
+    """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2].
+    published: r_km - mean_m r_km."""
+    from_mean = rewards - rewards.mean(-1, keepdim=True)
+    if published:
+        return from_mean
+    # Leaving one out makes it N2 / (N2 - 1) from_mean, and this N2 cancels that of the definition
+    return from_mean / (rewards.shape[1] * (rewards.shape[2] - 1))
+
 
 def grpo_advantages(rewards):
-    """(r_j - mean_{i != j} r_i) / G, unbiased for the gradient of E[r(x, y)], so not over a standard deviation: rewards [P, G] -> [P, G]."""
+    """(r_j - mean_{i != j} r_i) / G: rewards [P, G] -> [P, G]. Unbiased for the gradient of
+    E[r(x, y)], so not divided by a standard deviation."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
 
-# ---- Loss and update ------------------------------------------------------------------------------------------------
+
+def curve_advantages(trace_rewards, curve, set_size):
+    """Set credit without its noise (paper.md section 7): trace_rewards [P, N1] of 0 and 1, a response
+    curve [n + 1] -> [P, N1]; needs N1 > n.
+
+    curve[c] is how often an aggregation is right when c of the n candidates are. It gives all
+    C(N1, n) sets a score for nothing. A trace gets n / N1 times the mean score of the sets that hold
+    it minus that of the others. Curve c / n makes this grpo_advantages, a step at 1 the leave-one-out
+    gradient of pass@n."""
+    num_traces = trace_rewards.shape[1]
+    right = trace_rewards.long()
+    others = num_traces - 1
+    right_others = right.sum(1, keepdim=True) - right  # [P, N1]
+
+    def mean_score(size, own):
+        """[N1]: of sets with `size` others and a trace of reward `own`, by right ones of all others."""
+        chances = torch.zeros(num_traces, size + 1)  # hypergeometric
+        for right_ones, i in itertools.product(range(num_traces), range(size + 1)):
+            ways = math.comb(right_ones, i) * math.comb(others - right_ones, size - i)
+            chances[right_ones, i] = ways / math.comb(others, size)
+        return chances @ curve[own : own + size + 1]
+
+    held = torch.stack([mean_score(set_size - 1, 0), mean_score(set_size - 1, 1)])  # [2, N1]
+    return (
+        set_size / num_traces * (held[right, right_others] - mean_score(set_size, 0)[right_others])
+    )
+
+
+def search_credit(config, trace_rewards, rewards, sets, curve):
+    """a_j [P, N1], as --search-credit says. set: the paper's, by aggregations alone. The others ask
+    the verifier about traces, and differ in the curve: trace, as GRPO would; pass, for pass@n; curve,
+    what the aggregator makes of them, measured in earlier rollouts."""
+    n, kind = config.set_size, config.search_credit
+    if kind == "set":
+        return search_advantages(
+            rewards, sets, config.num_traces, config.balanced, config.published
+        )
+    right = torch.arange(n + 1) / n
+    curves = {"trace": right, "pass": right.ceil(), "curve": curve}
+    return curve_advantages(trace_rewards, curves[kind], n)
+
+
+# ---- Update: a prompt and its completions are one flat sequence, in which the prompt runs once ----
+
+
 @dataclass
 class Group:
-    """One prompt and its G completions, which run that prompt once in the update."""
-    prompt: list                 # token ids
-    samples: Samples             # [G, T]
-    advantages: torch.Tensor     # [G]
-    def __getitem__(self, rows): return Group(self.prompt, self.samples[rows], self.advantages[rows])
+    prompt: list  # token ids
+    completions: list
+
+
+def micro_batches(groups, budget):
+    """The completions that have an advantage, in Groups of `budget` tokens or of one completion."""
+    for group in groups:
+        useful = [c for c in group.completions if c.advantage]
+        longest = max((len(c.tokens) for c in useful), default=1)
+        at_once = max(1, (budget - len(group.prompt)) // longest)
+        for start in range(0, len(useful), at_once):
+            yield Group(group.prompt, useful[start : start + at_once])
+
+
+def group_attention(sizes, bias, layer, query, key, value, scaling):
+    """The `attend` of a flat sequence [1, H, M, D] -> [1, M, H, D]: a prompt, then completions, of
+    these sizes. Each completion sees the prompt, and itself up to its place, as bias says."""
+    parts = [x.split(sizes, 2) for x in (query, key, value)]
+    (_, prompt_key, prompt_value), *completions = zip(*parts, strict=True)
+    out = [causal_attention(query[:, :, : sizes[0]], prompt_key, prompt_value, scaling)]
+    for query, key, value in completions:
+        keys = torch.cat([prompt_key, key], 2)  # [1, kv, L + T, D]
+        values = torch.cat([prompt_value, value], 2)
+        mine = bias[: query.shape[2], : keys.shape[2]]
+        out.append(causal_attention(query, keys, values, scaling, mine))
+    return torch.cat(out, 1)
+
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
-    """Log-probs of `targets` [M] and entropies, [M] fp32, from hidden states [M, d]; chunks of logits are made again in the backward pass."""
+    """Log-probs [N] fp32 of targets [N] from hidden states [N, d]. Logits are made in chunks, and made
+    again in the backward pass, so that [N, V] is never there."""
+
     def chunk_logprobs(hidden, targets):
-        logprobs = head(model, hidden, temperature).log_softmax(-1)                    # [chunk, V]
-        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).detach().sum(-1)
+        logprobs = head(model, hidden, temperature).log_softmax(-1)  # [chunk, V]
+        return logprobs.gather(-1, targets[:, None])[:, 0]
+
     size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
-    run = functools.partial(torch.utils.checkpoint.checkpoint, chunk_logprobs, use_reentrant=False) if len(targets) > size else chunk_logprobs
-    return tuple(map(torch.cat, zip(*map(run, hidden.split(size), targets.split(size)))))
+    if len(targets) <= size:
+        return chunk_logprobs(hidden, targets)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
-def length_buckets(items, length, size=lambda item: 0, budget=math.inf):
-    """Items in lists, the shortest first: in each of like `length`, for little padding, and of at most `budget` in `size` together."""
-    buckets, room = [], budget
-    for item in sorted(items, key=lambda item: (length(item), size(item))):
-        if not buckets or length(item) > 1.1 * length(buckets[-1][0]) or size(item) > room:
-            buckets, room = buckets + [[]], budget
-        buckets[-1].append(item)
-        room -= size(item)
-    return buckets
 
-def completion_logprobs(model, prompts, owner, tokens, mask, temperature, share_prefix=True):
-    """Log-probs and entropies [B, T] of completions, with gradients. prompts: U token lists; owner [B]: whose completion; tokens, mask [B, T],
-    each row True from its start. share_prefix: a prompt runs once for all its completions. Exact: the gradients are those of whole sequences."""
-    device, parts, counts = tokens.device, [], mask.sum(-1).tolist()
-    lengths, padded = torch.tensor([len(p) for p in prompts], device=device), pad(prompts, device)       # [U], [U, L]
-    if share_prefix:
-        hidden = hidden_states(model, padded, prefix := DynamicCache())
-        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]                               # [U, d]
-    for rows in length_buckets(range(len(counts)), counts.__getitem__):
-        width, rows = counts[rows[-1]], torch.tensor(rows, device=device)                                   # the longest comes last
-        mine = owner[rows]                                                                                  # [b]
-        completion, present = tokens[rows, :width], mask[rows, :width]                                      # [b, t]
-        row, step = present.nonzero(as_tuple=True)                                                          # [M] of the M tokens
-        if share_prefix:
-            cache = DynamicCache((layer.keys.index_select(0, mine), layer.values.index_select(0, mine)) for layer in prefix.layers)
-            hidden = last[mine][:, None]                                                                    # predicts the first token
-            if width > 1:
-                later = hidden_states(model, completion[:, :-1], cache, lengths[mine][:, None], padded.shape[1], 0, width - 1)    # [b, t-1, d]
-                hidden = torch.cat([hidden, later], 1)
-            hidden = hidden[row, step]
-        else:
-            sequences = [prompts[u] + row[:n] for u, row, n in zip(mine.tolist(), completion.tolist(), present.sum(-1).tolist())]
-            hidden = hidden_states(model, pad(sequences, device))[row, lengths[mine][row] + step - 1]      # [M, d]
-        parts.append((rows[row], step, *token_logprobs(model, hidden, completion[row, step], temperature)))
-    row, step, *values = map(torch.cat, zip(*parts))
-    return tuple(torch.zeros(mask.shape, device=device).index_put((row, step), value) for value in values)
+def completion_logprobs(model, group, temperature):
+    """(log-probs, the sampler's log-probs, advantages), [N] each, of the N sampled tokens of a group.
+    The prompt runs once, with exactly the gradient of whole sequences. As in the sampler, its last token
+    is each completion's first input: so every place in a completion predicts the token of that place."""
+    *prompt, last = group.prompt
+    inputs, positions, sampled, sizes = [*prompt], [*range(len(prompt))], [], [len(prompt)]
+    for c in group.completions:
+        inputs += [last, *c.tokens[:-1]]
+        positions += range(len(prompt), len(prompt) + len(c.tokens))
+        sampled += zip(c.tokens, c.logprobs, [c.advantage] * len(c.tokens), strict=True)
+        sizes.append(len(c.tokens))
+    inputs, positions = torch.tensor([inputs, positions], device=model.device)[:, None]  # [1, M]
+    sampled = torch.tensor(sampled, dtype=torch.float64).T.to(model.device)
+    targets, old_logprobs, advantages = sampled.long()[0], *sampled[1:].float()
+    shape = max(sizes[1:]), len(prompt) + max(sizes[1:])
+    bias = torch.full(shape, -math.inf, dtype=model.dtype, device=model.device)
+    attend = functools.partial(group_attention, sizes, bias.triu(len(prompt) + 1))
+    hidden = hidden_states(model, inputs, positions, attend)[0, len(prompt) :]  # [N, d]
+    return token_logprobs(model, hidden, targets, temperature), old_logprobs, advantages
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Clipped policy gradient, summed over tokens. All [B, T] but advantages [B]. First update: REINFORCE, minus sum advantage * grad log pi."""
+
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    """Clipped policy gradient, summed over tokens; all [N]. In a rollout's first update the ratio is
+    1: REINFORCE, minus sum advantage * grad log pi."""
     ratio = torch.exp(logprobs - old_logprobs)
-    surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
-    return -(surrogate * mask).sum()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum()
 
-def micro_batches(groups, budget, share_prefix=True):
-    """Groups of like prompts together, at most `budget` tokens each, stacked; a larger group is split, down to one completion.
-    Yields prompts (lists), owner [B], tokens, logprobs, mask [B, T], advantages [B]."""
-    size = lambda group: len(group.prompt) * (1 if share_prefix else len(group.advantages)) + int(group.samples.mask.sum())      # noqa: E731
-    def split(group):
-        half = len(group.advantages) // 2
-        return split(group[:half]) + split(group[half:]) if half and size(group) > budget else [group]
-    for batch in length_buckets(itertools.chain(*map(split, groups)), lambda group: len(group.prompt), size, budget):
-        owner = torch.cat([torch.full_like(group.advantages, u, dtype=torch.long) for u, group in enumerate(batch)])
-        columns = [pad_sequence([row for group in batch for row in getattr(group.samples, name)], True) for name in ("tokens", "logprobs", "mask")]
-        yield [group.prompt for group in batch], owner, *columns, torch.cat([group.advantages for group in batch])
 
-def trained(model): return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(model, lr):
+    """AdamW on fp32 parameters: the model's own, or masters of those in bf16. Masters sum the
+    gradients of micro-batches, and are copied back after a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
+    pairs = [pair for pair in zip(trained, masters, strict=True) if pair[0] is not pair[1]]
 
-def make_optimizer(model, config):
-    """AdamW. Its parameters are fp32: the model's own, or copies of those in bf16, which `update` keeps in step."""
-    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained(model)]
-    return torch.optim.AdamW(masters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)            # foreach: as much memory again
+    def to_master(master, parameter):
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad + gradient
+        parameter.grad = None
 
-def update(policy, optimizer, groups, num_problems, config, start_model=None):
-    """One optimizer step on the mean over problems of the estimate; returns statistics. `num_problems`, over all processes, is the one denominator:
-    micro-batches don't change the gradient. Completions without advantage are left out. NaN or inf never reaches the weights: no step."""
-    groups = [kept for group in groups if len((kept := group if config.kl else group[group.advantages != 0]).advantages)]
-    completions = int(add_up(torch.tensor(sum(len(group.advantages) for group in groups))))
-    model, masters, share_prefix = policy.model, optimizer.param_groups[0]["params"], not config.gradient_checkpointing
-    for module in model.modules():                           # the model stays in eval mode: no dropout, as in the sampler
-        module.training = config.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
-    while True:
-        optimizer.zero_grad(), model.zero_grad()
-        sums = torch.zeros(4, dtype=torch.float64)           # loss, tokens, difference of the log-probs from the sampler's, entropy
-        try:
-            batches = [*micro_batches(groups, config.micro_batch_tokens, share_prefix)]
-            if config.shard:                                  # as many backward passes in every process: empty ones at the end
-                dist.all_reduce(most := torch.tensor(len(batches)), dist.ReduceOp.MAX)
-                empty = torch.zeros(1, 1, device=policy.device)
-                batches += [([[0]], empty[0].long(), empty.long(), empty, empty.bool(), empty[0])] * (int(most) - len(batches))
-            for prompts, owner, tokens, old_logprobs, mask, advantages in batches:
-                inputs = (prompts, owner, tokens, mask, config.temperature, share_prefix)
-                logprobs, entropies = completion_logprobs(model, *inputs)
-                loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
-                if config.kl:                                 # unbiased, non-negative estimate of KL(policy || start)
-                    log_ratio = torch.no_grad()(completion_logprobs)(start_model, *inputs)[0] - logprobs
-                    loss = loss + config.kl * ((log_ratio.exp() - log_ratio - 1) * mask).sum() * num_problems / completions
-                (loss / num_problems + keep_step(model)).backward()
-                for parameter, master in zip(trained(model), masters):
-                    if master is not parameter and parameter.grad is not None:       # micro-batches are summed in fp32
-                        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
-                        parameter.grad = None
-                sums += torch.stack([loss / num_problems, mask.sum(), (logprobs - old_logprobs).abs().sum(), entropies.sum()]).detach().cpu()
-            break
-        except torch.OutOfMemoryError:
-            if config.micro_batch_tokens < 128 or config.shard:
-                raise
-            policy.slots = loss = logprobs = log_ratio = None     # these hold memory
-            config.micro_batch_tokens //= 2
-            print(f"out of memory: going on with --micro-batch-tokens {config.micro_batch_tokens}", flush=True)
-            torch.cuda.empty_cache()
-    model.eval()
-    for master in masters if dist.is_initialized() else ():
-        master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        if not isinstance(master, DTensor):                  # FSDP has added up those of the slices
+    def from_masters(*_):
+        for parameter, master in pairs:
+            parameter.data.copy_(master)
+
+    for parameter, master in pairs:
+        parameter.register_post_accumulate_grad_hook(functools.partial(to_master, master))
+    # foreach would take as much memory again
+    optimizer = torch.optim.AdamW(masters, lr, (0.9, 0.95), weight_decay=0.0, foreach=False)
+    optimizer.register_step_post_hook(from_masters)
+    return optimizer
+
+
+def update(policy, optimizer, groups, num_problems, config):
+    """One optimizer step on the mean over problems of the estimate -> a dict of numbers. num_problems,
+    over all processes, is the one denominator: micro-batches don't change the gradient. NaN or inf never
+    reaches the weights: then there is no step."""
+    sums = torch.zeros(
+        3, dtype=torch.float64
+    )  # loss, tokens, distance from the sampler's log-probs
+    for group in micro_batches(groups, config.micro_batch_tokens):
+        logprobs, old, advantages = completion_logprobs(policy.model, group, config.temperature)
+        loss = policy_loss(logprobs, old, advantages, config.clip) / num_problems
+        loss.backward()
+        distance = (logprobs.detach() - old).abs().sum()
+        sums += torch.tensor([loss.item(), len(old), distance.item()])
+    loss, tokens, distance = add_up(sums).tolist()
+    masters = optimizer.param_groups[0]["params"]
+    if dist.is_initialized():
+        for master in masters:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
             add_up(master.grad)
-    gradients = [master.grad for master in masters if master.grad is not None]
-    whole, slices = [g for g in gradients if not isinstance(g, DTensor)], [g.to_local() for g in gradients if isinstance(g, DTensor)]
-    norm = torch.hypot(torch.nn.utils.get_total_norm(whole), add_up(torch.nn.utils.get_total_norm(slices) ** 2).sqrt())
-    torch.nn.utils.clip_grads_with_norm_(masters, config.max_grad_norm, norm, foreach=False)
-    (loss, tokens, difference, entropy), norm = add_up(sums).tolist(), norm.item()
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    if finite and completions:
+    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
+    finite = math.isfinite(norm + loss)
+    if finite and tokens:
         optimizer.step()
-        for parameter, master in zip(trained(model), masters):
-            parameter.data.copy_(master.data)
     optimizer.zero_grad()
-    return {"loss": loss if finite else 0.0, "grad_norm": norm if finite else 0.0, "logprob_difference": difference / max(tokens, 1),
-            "trained_tokens": int(tokens), "trained_entropy": entropy / max(tokens, 1), "skipped": int(not finite)}
+    stats = {"loss": loss, "grad_norm": norm, "logprob_difference": distance / max(tokens, 1)}
+    return {name: x if finite else 0.0 for name, x in stats.items()} | {"skipped": not finite}
 
-# ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages -----------------------------------
-def sample_texts(policy, prompts, max_new_tokens, config, num_samples, generator):
-    """sample, and the completions as strings: [len(prompts)] lists of `num_samples`."""
-    samples = sample(policy, prompts, max_new_tokens, config.temperature, num_samples, generator)
-    texts = [policy.tokenizer.decode(row[:n]) for row, n in zip(samples.tokens.tolist(), samples.mask.sum(-1).tolist())]
-    return samples, [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
 
-def search(policy, task, problems, config, num_samples, generator):
-    """`num_samples` traces of each problem -> (prompts, Samples, texts [P][num_samples])."""
+# ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages ----
+
+
+def complete(policy, task, problems, prompts, limit, temperature, *how):
+    """Completions of each problem's prompt, with texts and rewards -> [P] Groups. how: as in sample()."""
+    groups = []
+    results = sample(policy, prompts, limit, temperature, *how)
+    for problem, prompt, completions in zip(problems, prompts, results, strict=True):
+        for c in completions:
+            c.text = policy.tokenizer.decode(c.tokens)
+            c.reward = float(task.reward(problem, c.text))
+        groups.append(Group(prompt, completions))
+    return groups
+
+
+def search(policy, task, problems, config, num_samples, generator, lattice=1):
+    """`num_samples` traces of each problem -> [P] Groups."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
-    return prompts, *sample_texts(policy, prompts, config.max_trace_tokens, config, num_samples, generator)
+    limits = config.max_trace_tokens, config.temperature
+    return complete(policy, task, problems, prompts, *limits, num_samples, generator, 0, lattice)
+
 
 def aggregate(policy, task, problems, sets, config, num_samples, generator):
-    """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]. -> (prompts, Samples, texts)."""
-    if not config.keep_thinking:                             # what comes before the end of a thought is hidden from the aggregator
-        sets = [[text.rpartition("</think>")[2] for text in texts] for texts in sets]
-    prompts = [aggregation_prompt(policy.tokenizer, task.prompt(problem), texts, config.max_prompt_tokens) for problem, texts in zip(problems, sets)]
-    return prompts, *sample_texts(policy, prompts, config.max_aggregation_tokens, config, num_samples, generator)
+    """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]
+    -> [S] Groups. What a text thought before </think> is not shown."""
+    prompts = []
+    for problem, texts in zip(problems, sets, strict=True):
+        question, shown = task.prompt(problem), [text.rpartition("</think>")[2] for text in texts]
+        room = config.max_prompt_tokens
+        prompts.append(aggregation_prompt(policy.tokenizer, question, shown, room))
+    limits = config.max_aggregation_tokens, config.temperature
+    return complete(policy, task, problems, prompts, *limits, num_samples, generator)
 
-def rewards_of(task, problems, texts, device=None):
-    """Verifier on texts[p][...] -> tensor [P, G] of 0 and 1."""
-    return torch.tensor([[float(task.reward(problem, text)) for text in row] for problem, row in zip(problems, texts)], device=device)
 
-def rollout(policy, task, problems, config, generators):
-    """The whole pipeline on P problems, each with its own generator -> P records: dicts with `groups` for the update and the rest for people."""
-    num_traces = config.num_traces + (config.num_sets * config.num_aggregations if config.algo == "grpo" else 0)          # the same budget
-    per_problem = lambda items: [items[i:i + config.num_sets] for i in range(0, len(items), config.num_sets)]            # noqa: E731
-    def groups_of(prompts, samples, advantages):
-        size, lengths = advantages.shape[1], samples.mask.sum(-1).view(advantages.shape)                   # [prompts, G]
-        advantages = torch.where((lengths > (config.target_length or math.inf)) & (advantages > 0), 0.0, advantages)      # L_target
-        return [Group(prompt, samples[i * size:(i + 1) * size], advantages[i]) for i, prompt in enumerate(prompts)]
-    prompts, samples, traces = search(policy, task, problems, config, num_traces, generators)
-    trace_rewards = rewards_of(task, problems, traces, policy.device)                     # [P, N1]; spiral only reports them
-    credit, set_groups = grpo_advantages(trace_rewards), [[]] * len(problems)             # [P, N1]; a list of groups for each problem
-    columns = {"problem": problems, "traces": traces, "trace_rewards": trace_rewards}
-    if config.algo != "grpo":
-        sets = torch.stack([draw_sets(num_traces, config.set_size, config.num_sets, g, config.balanced) for g in generators])       # [P, K, n]
-        owners, their = ([x for x in row for _ in range(config.num_sets)] for row in (problems, generators))                      # [P * K]
-        chosen = [[texts[j] for j in s] for texts, drawn in zip(traces, sets.tolist()) for s in drawn]
-        set_prompts, set_samples, texts = aggregate(policy, task, owners, chosen, config, config.num_aggregations, their)
-        rewards = rewards_of(task, owners, texts, policy.device).view(len(problems), config.num_sets, -1)                         # [P, K, N2]
-        if config.algo == "spiral":
-            credit = search_advantages(rewards, sets.to(policy.device), num_traces, config.balanced, config.estimator)
-        credit = config.search_weight * credit
-        set_groups = per_problem(groups_of(set_prompts, set_samples, aggregation_advantages(rewards, config.estimator).flatten(0, 1)))
-        columns |= {"sets": sets, "aggregations": per_problem(texts), "rewards": rewards}
-    columns["groups"] = [[group, *theirs] for group, theirs in zip(groups_of(prompts, samples, credit), set_groups)]
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+@dataclass
+class Record:
+    """One problem's rollout."""
+
+    problem: object
+    search: Group  # N1 traces
+    aggregations: list  # K Groups of N2 aggregations
+    sets: torch.Tensor  # [K, n]
+
+    def completions(self):
+        return [c for group in [self.search, *self.aggregations] for c in group.completions]
+
+
+def rewards_of(groups):
+    """[groups, completions] fp32."""
+    return torch.tensor([[c.reward for c in group.completions] for group in groups])
+
+
+def set_advantages(groups, advantages, target_length):
+    """Gives the completions their advantages [groups, completions]; a positive one of a completion
+    longer than `target_length` (0: no limit) becomes 0 (L_target, paper.md section 4)."""
+    completions = [c for group in groups for c in group.completions]
+    for c, advantage in zip(completions, advantages.flatten().tolist(), strict=True):
+        gated = advantage > 0 and 0 < target_length < len(c.tokens)
+        c.advantage = 0.0 if gated else advantage
+
+
+def rollout(policy, task, problems, config, generators, curve=None):
+    """The whole pipeline on P problems, each with its own generator -> P Records."""
+    num_sets, many, grpo = config.num_sets, config.num_aggregations, config.algo == "grpo"
+    num_traces = config.num_traces + (num_sets * many if grpo else 0)  # as many completions
+    lattice = num_traces if config.lattice else 1
+    found = search(policy, task, problems, config, num_traces, generators, lattice)  # P groups
+    trace_rewards = rewards_of(found)  # [P, N1]
+    if grpo:
+        set_advantages(found, grpo_advantages(trace_rewards), config.target_length)
+        return [Record(*pair, [], None) for pair in zip(problems, found, strict=True)]
+    sets, texts = [], []
+    for group, generator in zip(found, generators, strict=True):
+        sizes = num_traces, config.set_size, num_sets
+        sets.append(draw_sets(*sizes, generator, config.balanced))  # [K, n]
+        texts += [[group.completions[j].text for j in members] for members in sets[-1].tolist()]
+    owners, theirs = ([x for x in row for _ in range(num_sets)] for row in (problems, generators))
+    answers = aggregate(policy, task, owners, texts, config, many, theirs)  # P * K groups
+    rewards = rewards_of(answers).view(len(problems), num_sets, many)  # [P, K, N2]
+    credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
+    set_advantages(found, config.search_weight * credit, config.target_length)
+    credit = aggregation_advantages(rewards, config.published)  # [P, K, N2]
+    set_advantages(answers, credit, config.target_length)
+    of_problem = [answers[i : i + num_sets] for i in range(0, len(answers), num_sets)]
+    return [Record(*row) for row in zip(problems, found, of_problem, sets, strict=True)]
+
 
 def problem_at(problems, seed, i):
     """The i-th problem of an endless stream, shuffled anew each time through."""
     epoch, place = divmod(i, len(problems))
-    return problems[int(np.random.default_rng((seed, epoch)).permutation(len(problems))[place])]
+    return problems[np.random.default_rng((seed, epoch)).permutation(len(problems))[place]]
 
-def collect(policy, task, problems, cursor, config):
-    """Dynamic sampling: roll out until config.problems have an advantage, or max_draws times as many are drawn; each process takes every
-    `processes`-th. Returns (all records, those to train on, their number over all processes, the cursor behind the last problem)."""
-    records, useful, found, (rank, processes), limit = [], [], 0, world(), cursor + config.max_draws * config.problems
-    while found < config.problems and cursor < limit:
-        end = min(cursor + max(config.problems - found, config.problems // 4), limit)     # small rollouts are slow ones
-        if mine := range(cursor + rank, end, processes):
-            generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]       # of seed and place alone
-            records += rollout(policy, task, [problem_at(problems, config.seed, i) for i in mine], config, generators)
-        torch.no_grad()(keep_step)(policy.model)
-        useful, cursor = [record for record in records if any((group.advantages != 0).any() for group in record["groups"])], end
-        found = int(add_up(torch.tensor(len(useful))))
-    return records, useful, found, cursor
 
-def statistics(task, records, useful, config):
-    """What a step looks like, over all problems drawn, in all processes. Rates and means are per completion; lengths in tokens."""
-    total = lambda tensors: (sum(x.sum().item() for x in tensors), sum(x.numel() for x in tensors))                   # noqa: E731
-    final = [record.get("rewards", record["trace_rewards"]) for record in records]
-    texts = [text for r in records for text in (itertools.chain(*r["aggregations"]) if "rewards" in r else r["traces"])]
-    rates = {"answer_reward": total(final), "trace_reward": total([record["trace_rewards"] for record in records]),
-             "all_right": total([(x == 1).all() for x in final]), "all_wrong": total([(x == 0).all() for x in final]),
-             "no_answer": (sum(task.answer(text) is None for text in texts), len(texts))}
-    counts = {"drawn_problems": len(records), "useful_problems": len(useful), "sampled_tokens": 0, "prefill_tokens": 0}
-    for role in ("search", "aggregation")[:1 if config.algo == "grpo" else 2]:
-        groups = [group for r in records for group in (r["groups"][:1] if role == "search" else r["groups"][1:])]
-        tokens, truncated = total([g.samples.mask for g in groups])[0], total([g.samples.truncated for g in groups])
-        rates |= {f"{role}_length": (tokens, truncated[1]), f"{role}_truncated": truncated,
-                  f"{role}_entropy": (-total([g.samples.logprobs for g in groups])[0], tokens)}                        # E[-log pi]
-        counts["sampled_tokens"] += tokens
-        counts["prefill_tokens"] += sum(len(g.prompt) for g in groups)
-        if role == "aggregation":   # a prompt that was cut fills its room to within a token for each candidate
-            rates["prompts_at_limit"] = (sum(len(g.prompt) > config.max_prompt_tokens - config.set_size for g in groups), len(groups))
-    sums, totals = add_up(torch.tensor([*rates.values()], dtype=torch.float64)), add_up(torch.tensor([*counts.values()]))
-    return {key: above / max(below, 1) for key, (above, below) in zip(rates, sums.tolist())} | dict(zip(counts, totals.tolist()))
+def collect(policy, task, problems, cursor, config, curve=None):
+    """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as many
+    are drawn; each process takes its share. Returns (records, number of useful ones in all processes,
+    the cursor behind the last problem)."""
+    rank, processes = world()
+    records, useful = [], 0
+    limit = cursor + config.max_draws * config.problems
+    while useful < config.problems and cursor < limit:
+        missing = max(config.problems - useful, config.problems // 4)  # small rollouts are slow
+        drawn = range(cursor, min(cursor + missing, limit))
+        cursor = drawn.stop
+        mine = [problem_at(problems, config.seed, i) for i in drawn[rank::processes]]
+        seeds = [config.seed * 1_000_003 + i for i in drawn[rank::processes]]  # of seed and place
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        records += rollout(policy, task, mine, config, generators, curve) if mine else []
+        found = [any(c.advantage for c in record.completions()) for record in records]
+        useful = int(add_up(torch.tensor(sum(found))))
+    return records, useful, cursor
+
+
+def response_counts(records, set_size):
+    """[2, n + 1]: aggregations that were right, and all, by the number of right candidates."""
+    counts = torch.zeros(2, set_size + 1)
+    for record in records:
+        rewards = rewards_of([record.search])[0]  # [N1]
+        for k, group in enumerate(record.aggregations):
+            answers = rewards_of([group])
+            right = int(rewards[record.sets[k]].sum())
+            counts[:, right] += torch.tensor([answers.sum(), answers.numel()])
+    return add_up(counts)
+
+
+# ---- What people read ----
+
+
+def statistics(records):
+    """What a step looks like in this process: rates and lengths a completion, entropies in nats a token
+    (the mean of -log pi, unbiased)."""
+    traces = [c for record in records for c in record.search.completions]
+    answers = [c for r in records for g in r.aggregations for c in g.completions]
+    stats = {"drawn_problems": len(records)}
+    for role, completions in (("search", traces), ("aggregation", answers or traces)):
+        tokens = sum(len(c.tokens) for c in completions)
+        stats[f"{role}_tokens"] = tokens if completions is answers or role == "search" else 0
+        stats[f"{role}_reward"] = float(np.mean([c.reward for c in completions]))
+        stats[f"{role}_truncated"] = float(np.mean([c.truncated for c in completions]))
+        stats[f"{role}_entropy"] = -sum(sum(c.logprobs) for c in completions) / tokens
+    return stats
+
+
+def notes(stats, start, tolerance):
+    """Plain lines about what people otherwise puzzle over. start: the first step's search reward;
+    tolerance: of the log-probs."""
+    if not stats["useful_problems"]:
+        yield (
+            "no problem has an advantage: in each one all answers are right, or all are wrong "
+            f"({stats['aggregation_reward']:.0%} are right). Make the task easier or harder"
+        )
+    for role, limit in (("search", "trace"), ("aggregation", "aggregation")):
+        if stats[f"{role}_truncated"] > 0.5:
+            yield f"most {role} completions are cut off: raise --max-{limit}-tokens"
+    if stats["search_reward"] < 0.5 * start:
+        yield "the search collapses: lower --search-weight or --lr, or try another --search-credit"
+    if stats["logprob_difference"] > tolerance:
+        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token"
+    if stats["skipped"]:
+        yield "loss or gradient is not finite: no step. Lower --lr"
+
 
 def transcript(task, record):
-    """One problem as a person reads it: traces, the best set, its aggregations, rewards and advantages."""
-    block = lambda text: "\n".join("    " + line for line in text.strip().split("\n"))    # noqa: E731
-    search_group, *set_groups = record["groups"]
-    lines = ["problem", block(task.prompt(record["problem"]))]
-    for j, (text, reward, advantage) in enumerate(zip(record["traces"][:8], record["trace_rewards"], search_group.advantages)):
-        lines += [f"trace {j + 1}   {'right' if reward else 'wrong'}   advantage {advantage:+.3f}", block(text)]
-    if set_groups:
-        k = int((scores := record["rewards"].mean(-1)).argmax())
-        lines.append(f"set of traces {', '.join(str(j + 1) for j in record['sets'][k].tolist())}   score {scores[k]:.2f}   "
-                     f"(all sets: {', '.join(f'{score:.2f}' for score in scores)})")
-        for m, (text, reward, advantage) in enumerate(zip(record["aggregations"][k], record["rewards"][k], set_groups[k].advantages)):
-            lines += [f"aggregation {m + 1}   reward {reward:.0f}   advantage {advantage:+.3f}", block(text)]
-    return "\n".join(lines) + "\n"
+    """One problem as a person reads it: traces, the best set, its aggregations, and advantages."""
+    shown = [("problem", task.prompt(record.problem))]
+    for j, c in enumerate(record.search.completions[:8], 1):
+        shown.append((f"trace {j}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}", c.text))
+    if record.aggregations:
+        set_scores = rewards_of(record.aggregations).mean(1)  # [K]
+        best = int(set_scores.argmax())
+        members = (record.sets[best] + 1).tolist()
+        title = f"set of traces {members}   score {set_scores[best]:.2f}"
+        shown.append((title, f"scores of all sets: {set_scores.tolist()}"))
+        for c in record.aggregations[best].completions:
+            title = f"aggregation   reward {c.reward:.0f}   advantage {c.advantage:+.3f}"
+            shown.append((title, c.text))
+    return "\n".join(
+        title + "\n    " + text.strip().replace("\n", "\n    ") for title, text in shown
+    )
 
-# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+# ---- Evaluation ----
+
+
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the chance that one of k samples is right (arXiv 2107.03374). Raises ValueError when k > num_samples."""
+    """Unbiased estimate of the chance that one of k independent samples is right (arXiv 2107.03374).
+    Raises ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
 
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
     votes = collections.Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
-def recursive_self_aggregation(policy, task, problems, config, population=None, steps=1, generator=None):
-    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size` members drawn at random. population:
-    [P] lists of texts to start from, else config.population fresh traces. Returns the texts of each step, [steps + 1][P][population]."""
-    history = [population or search(policy, task, problems, config, config.population, generator)[2]]
-    owners = [problem for problem, texts in zip(problems, history[0]) for _ in texts]
+
+def vote_reward(task, completions):
+    """The reward of a completion of the winning group; 0 when nobody answers."""
+    answers = [task.answer(c.text) for c in completions]
+    winner = majority_vote(answers)
+    return 0.0 if winner is None else completions[answers.index(winner)].reward
+
+
+def recursive_self_aggregation(
+    policy, task, problems, config, population=None, steps=1, generator=None
+):
+    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
+    members drawn at random. population: [P] Groups to start from, else config.population fresh traces
+    that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
+    size = config.population
+    history = [population or search(policy, task, problems, config, size, generator, size)]
     for _ in range(steps):
-        sets = [[texts[j] for j in torch.randperm(len(texts), generator=generator)[:config.set_size]] for texts in history[-1] for _ in texts]
-        answers = iter(aggregate(policy, task, owners, sets, config, 1, generator)[2])                    # in lists of one
-        history.append([[next(answers)[0] for _ in texts] for texts in history[-1]])
+        owners, sets = [], []
+        for problem, group in zip(problems, history[-1], strict=True):
+            for _ in group.completions:
+                members = torch.randperm(len(group.completions), generator=generator)
+                sets.append([group.completions[j].text for j in members[: config.set_size]])
+                owners.append(problem)
+        answers = aggregate(policy, task, owners, sets, config, 1, generator)
+        members = iter(answer.completions[0] for answer in answers)
+        history.append([Group([], [next(members) for _ in g.completions]) for g in history[-1]])
     return history
 
-def solve(policy, task, problem, config, generator=None, show=print):
-    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Returns the answer or None; `show` gets a line after each."""
-    texts = None
-    for step in range(config.rsa_steps + 1):                 # step 0: fresh traces
-        texts = recursive_self_aggregation(policy, task, [problem], config, texts, min(step, 1), generator)[-1]
-        votes = collections.Counter(task.answer(text) or "no answer" for text in texts[0])
-        show(f"{f'aggregation {step}' if step else 'search'}: " + ",  ".join(f"{count} x {answer}" for answer, count in votes.most_common()))
-    return majority_vote(map(task.answer, texts[0]))
 
-def evaluate(policy, task, problems, config, seed=0):
-    """Held-out accuracy of each way to use the policy, all at config.temperature: (a flat dict of numbers, a record of each problem)."""
-    generator, n, size = torch.Generator().manual_seed(seed), config.set_size, config.eval_traces
-    _, samples, traces = search(policy, task, problems, config, size, generator)
-    rewards = rewards_of(task, problems, traces)                                          # [P, S]
-    scores = {f"pass@{k}": float(np.mean([pass_at_k(size, int(c), k) for c in rewards.sum(1)])) for k in (2 ** i for i in range(size.bit_length()))}
-    votes = [[f"{tasks.ANSWER}{majority_vote(map(task.answer, texts))}"] for texts in traces]
-    scores[f"majority@{size}"] = rewards_of(task, problems, votes).mean().item()
-    owners, sets = zip(*((problem, texts[i:i + n]) for problem, texts in zip(problems, traces) for i in range(0, size, n)))        # [P * S/n] both
-    _, answers, flat = aggregate(policy, task, owners, sets, config, 1, generator)
-    right, hopeless = rewards_of(task, owners, flat)[:, 0], rewards.view(-1, n).sum(1) == 0          # [P * S/n]
-    scores |= {f"aggregate@{n}": right.mean().item(), "hopeless sets": hopeless.float().mean().item(),
-               "emergent": (right * hopeless).sum().item() / max(1, int(hopeless.sum()))}       # right from a set with no right trace
-    history = recursive_self_aggregation(policy, task, problems, config, [texts[:config.population] for texts in traces], config.rsa_steps, generator)
-    scores |= {f"rsa step {i}": rewards_of(task, problems, texts).mean().item() for i, texts in enumerate(history) if i}
-    lengths = samples.mask.sum(-1).float()
-    scores |= {"trace entropy": -samples.logprobs.sum().item() / lengths.sum().item(), "trace length": lengths.mean().item(),
-               "trace truncated": samples.truncated.float().mean().item(), "aggregation length": answers.mask.sum().item() / len(flat)}
-    texts, right, per = [text for (text,) in flat], right.tolist(), size // n
-    return scores, [{"prompt": task.prompt(problem), "traces": traces[p], "trace_rewards": rewards[p].tolist(),
-                     "aggregations": texts[p * per:(p + 1) * per], "rewards": right[p * per:(p + 1) * per]} for p, problem in enumerate(problems)]
+def solve(policy, task, problem, config, generator=None):
+    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote; prints a line after each,
+    and a text when none has an answer. Returns the answer or None."""
+    population = None
+    for step in range(config.rsa_steps + 1):  # step 0: fresh traces
+        how = config, population, min(step, 1), generator
+        population = recursive_self_aggregation(policy, task, [problem], *how)[-1]
+        texts = [c.text for c in population[0].completions]
+        answers = [task.answer(text) for text in texts]
+        votes = collections.Counter(answers).most_common()
+        counts = [f"{n} x {'no answer' if answer is None else answer}" for answer, n in votes]
+        say(f"{f'aggregation {step}' if step else 'search'}: {',  '.join(counts)}")
+        if majority_vote(answers) is None:
+            say("one of the texts:", texts[0])
+    return majority_vote(answers)
 
-# ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step): no random states to keep. ----
+
+def evaluate(policy, task, problems, config, generator):
+    """Mean scores of every way to use the policy, at config.temperature. Traces come in lattices of
+    `population`, of which pass@k is the mean; the first one starts the RSA."""
+    n, size, population = config.set_size, config.eval_traces, config.population
+    found = search(policy, task, problems, config, size, generator, population)
+    owners, sets = [], []
+    for problem, group in zip(problems, found, strict=True):
+        texts = [c.text for c in group.completions]
+        sets += [texts[i : i + n] for i in range(0, size, n)]
+        owners += [problem] * (size // n)
+    answers = rewards_of(aggregate(policy, task, owners, sets, config, 1, generator))[:, 0]
+    start = [Group(group.prompt, group.completions[:population]) for group in found]
+    how = config, start, config.rsa_steps, generator
+    history = recursive_self_aggregation(policy, task, problems, *how)
+    rewards = rewards_of(found)  # [P, S]
+    hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]
+    every = [c for group in found for c in group.completions]
+    lengths = torch.tensor([len(c.tokens) for c in every])
+    scores = {
+        "pass@1": rewards,
+        f"pass@{population}": rewards.view(-1, population).amax(1),
+        f"majority@{size}": torch.tensor([vote_reward(task, group.completions) for group in found]),
+        f"aggregate@{n}": answers,
+        "hopeless sets": hopeless,  # without a right trace
+        "emergent": answers[hopeless],  # in these
+        **{f"rsa step {i}": rewards_of(groups) for i, groups in enumerate(history) if i},
+        "trace entropy": -torch.tensor([sum(c.logprobs) for c in every]) / lengths.float().mean(),
+        "trace length": lengths,
+        "trace truncated": torch.tensor([c.truncated for c in every]),
+    }
+    return {name: score.float().mean().nan_to_num().item() for name, score in scores.items()}
+
+
+# ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step) ----
+
+
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed, renamed: a crash at any instant leaves the last whole checkpoint. `state` is JSON. All processes call, one writes."""
-    adam = {f"{i}.{name}": value for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    adam |= {f"{i}.master": p.detach() for i, p in enumerate(optimizer.param_groups[0]["params"]) if policy.model.dtype != torch.float32}
-    weights, adam = ({name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous() for name, value in tensors.items()}
-                     for tensors in (policy.model.state_dict(), adam))
-    if world()[0]:
-        return
+    """Written aside, flushed, renamed: a kill at any instant leaves the last whole checkpoint. `state`
+    is JSON."""
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.model.save_pretrained(aside, state_dict=weights)
-    if isinstance(policy.tokenizer, HubTokenizer):          # the tiny one is named in config.json
+    policy.model.save_pretrained(aside)
+    if isinstance(policy.tokenizer, HubTokenizer):  # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
-    safetensors.torch.save_file(adam, aside / "optimizer.safetensors")
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(aside.iterdir())}
-    (aside / "state.json").write_text(json.dumps({**state, "sha256": sums}))
-    for path in (*aside.iterdir(), aside, folder.parent):    # the last one holds the new name
-        if path == folder.parent:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    masters = optimizer.param_groups[0]["params"]
+    torch.save([masters, optimizer.state_dict()], aside / "optimizer.pt")
+    (aside / "state.json").write_text(json.dumps(state))
+    os.sync()
+    os.replace(aside, folder)
+    os.sync()
 
-def checkpoints(out):
-    """Folders of the run's checkpoints, the newest first."""
-    return sorted(Path(out).glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1, reverse=True)
-
-def newest_checkpoint(out):
-    """(folder, state) of the newest checkpoint that is whole, or (None, None). Names those that are not."""
-    for folder in checkpoints(out):
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            torn = [name for name, sha in state["sha256"].items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            torn = [f"state.json ({type(error).__name__})"]
-        if not torn:
-            return folder, state
-        print(f"{folder} is damaged ({', '.join(torn)}): going on with the one before", flush=True)
-    return None, None
 
 def load_optimizer(optimizer, folder):
-    for name, value in safetensors.torch.load_file(folder / "optimizer.safetensors").items():
-        index, key = name.split(".")
-        master = optimizer.param_groups[0]["params"][int(index)]
-        if isinstance(master, DTensor) and value.ndim:
-            value = distribute_tensor(value.to(master.device), master.device_mesh, master.placements)
-        if key == "master":
-            master.data.copy_(value)
-        else:
-            optimizer.state[master][key] = value.to(master.device) if value.ndim else value      # AdamW's count of steps stays on the CPU
+    # weights_only: tensors and plain containers, no code
+    saved, adam = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(adam)
+    for master, value in zip(optimizer.param_groups[0]["params"], saved, strict=True):
+        master.data.copy_(value)
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-def diagnosis(stats, config, dtype=torch.float32):
-    """Plain lines about what people otherwise puzzle over."""
-    final, limit = ("search", "--max-trace-tokens") if config.algo == "grpo" else ("aggregation", "--max-aggregation-tokens")
-    useful, entropy, difference = stats["useful_problems"], stats["search_entropy"], stats["logprob_difference"]
-    truncated, cut, without = stats[f"{final}_truncated"], stats.get("prompts_at_limit", 0), stats["no_answer"]
-    return [line for seen, line in (
-        (not useful, f"no problem has an advantage: nothing to learn from ({stats['all_right']:.0%} of the problems have every answer right, "
-                     f"{stats['all_wrong']:.0%} every answer wrong). Make the task easier or harder, or draw more"),
-        (0 < useful < config.problems and config.max_draws > 1,
-         f"only {useful} of {config.problems} problems have an advantage after {stats['drawn_problems']} draws (--max-draws)"),
-        (truncated > 0.5, f"{truncated:.0%} of the {final} traces hit the token limit: raise {limit}"),
-        (cut > 0.1, f"{cut:.0%} of the aggregation prompts are at --max-prompt-tokens: candidates lose their beginnings"),
-        (without > 0.9, f"{without:.0%} of the final texts hold no answer in the task's format: does the policy know the format?"),
-        (entropy < 0.02, f"entropy of the search traces is {entropy:.3f} nats a token: the traces of a problem are nearly the same (collapse)"),
-        (difference > (1e-4 if dtype == torch.float32 else 0.01),
-         f"sampler and trainer disagree by {difference:.1e} nats a token: the gradient is off-policy"),
-        (stats["skipped"], "loss or gradient is not finite: step skipped, weights unchanged")) if seen]
+
+def checkpoints(out):
+    """The run's own checkpoints, the newest first: never what else lies beside them."""
+    ours = [path for path in out.glob("step-*/state.json") if path.parent.name[5:].isdecimal()]
+    return sorted((path.parent for path in ours), key=lambda path: -int(path.name[5:]))
+
+
+def lock(out):
+    """A file that keeps other processes out of the folder as long as it is open. Raises ValueError when
+    another one is at work there."""
+    import fcntl  # not on Windows
+
+    file = (out / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{out}: another process is at work there") from None
+    return file
+
+
+# ---- Training ----
+
+FIXED = (
+    "algo",
+    "task",
+    "data",
+    "model",
+    "seed",
+    "train_problems",
+    "lora_rank",
+    "dtype",
+    "set_size",
+)
+
+
+def newest_state(config, out):
+    """(folder, state) of the checkpoint to go on from; (None, a new run's state) when there is none.
+    Raises ValueError when the folder holds another run."""
+    checksum = zlib.crc32(Path(config.data).read_bytes()) if config.data else 0
+    folder = next(iter(checkpoints(out)), None)
+    if folder is None:
+        curve = [[0.0] * (config.set_size + 1)] * 2
+        state = {"step": 0, "cursor": 0, "curve": curve, "start": None, "checksum": checksum}
+        return None, {**state, "metrics_bytes": 0}
+    state = json.loads((folder / "state.json").read_text())
+    other = [name for name in FIXED if state["config"][name] != getattr(config, name)]
+    if other or state["checksum"] != checksum:
+        raise ValueError(
+            f"{out} holds a run with another {other or 'data file'}: choose another --out"
+        )
+    say(f"resuming {folder}")
+    return folder, state
+
+
+def train_step(policy, optimizer, task, problems, state, config):
+    """Rollout and update; `state` moves on. Returns (statistics, records)."""
+    began = time.time()
+    right, every = torch.tensor(state["curve"])  # [n + 1] each, of earlier steps
+    prior = torch.linspace(0, 1, len(every))  # c / n, which counts as one aggregation
+    curve = (right + prior) / (every + 1)
+    records, useful, cursor = collect(policy, task, problems, state["cursor"], config, curve)
+    sampled = time.time()
+    step = state["step"] + 1
+    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / 5)
+    groups = [group for record in records for group in [record.search, *record.aggregations]]
+    for _ in range(config.updates):
+        numbers = update(policy, optimizer, groups, max(1, useful), config)
+    stats = {"step": step, "useful_problems": useful, **statistics(records), **numbers}
+    stats["curve"] = curve.tolist()
+    start = stats["search_reward"] if state["start"] is None else state["start"]
+    fading = 0.9 * torch.tensor(state["curve"]) + response_counts(records, config.set_size)
+    state |= {"step": step, "cursor": cursor, "start": start, "curve": fading.tolist()}
+    say(
+        f"step {step:3d}/{config.steps}  answer {stats['aggregation_reward']:.3f}  "
+        f"trace {stats['search_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
+        f"entropy {stats['search_entropy']:.2f}  useful {useful}/{stats['drawn_problems']}  "
+        f"{sampled - began:.1f}+{time.time() - sampled:.1f}s"
+    )
+    for note in notes(stats, start, 1e-4 if policy.model.dtype == torch.float32 else 0.01):
+        say(f"  note: {note}")
+    return stats, records
+
 
 def train(task, config, out):
-    """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then the evaluation. Returns the exit code."""
-    (rank, processes), interrupted = world(), []
+    """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then the
+    evaluation. Returns the exit code."""
+    writes = world()[0] == 0
     problems = task.problems("train", config.train_problems, config.seed)
-    check_fit(config, task, problems + (task.problems(config.eval_split, config.eval_problems, 0) if config.eval_problems else []))
-    folder, state = newest_checkpoint(out)
-    if folder:
-        changed = [f.name for f in fields(Config) if state["config"].get(f.name) != getattr(config, f.name)]
-        if fatal := {"algo", "task", "data", "model", "seed", "train_problems", "lora_rank", "dtype"} & set(changed):
-            raise ValueError(f"{out} holds a run with another {', '.join(sorted(fatal))}: choose another --out")
-        print(f"resuming {folder}" + (f", with changed: {', '.join(changed)}" if changed else ""), flush=True)
+    longest = max((task.prompt(problem) for problem in problems), key=len)
+    candidates = ["0" * 100] * config.set_size
+    tokenizer = load_tokenizer(config.model)[2]
+    aggregation_prompt(tokenizer, longest, candidates, config.max_prompt_tokens)  # does it fit?
+    out.mkdir(parents=True, exist_ok=True)
+    locked = lock(out) if writes else None
+    folder, state = newest_state(config, out)
     policy = load_policy(replace(config, model=str(folder)) if folder else config)
-    optimizer = make_optimizer(policy.model, config)
+    optimizer = make_optimizer(policy.model, config.lr)
     if folder:
         load_optimizer(optimizer, folder)
-    state, metrics = state or {"step": 0, "cursor": 0, "bad": 0, "recent": [], "best": [0, -1.0]}, out / "metrics.jsonl"
-    if rank == 0:                                            # rows behind the checkpoint come again
-        out.mkdir(parents=True, exist_ok=True)
-        rows = metrics.read_text().splitlines() if metrics.exists() else []
-        (out / "metrics.unfinished").write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= state["step"]))
-        os.replace(out / "metrics.unfinished", metrics)
-    start_model = load_policy(config).model if config.kl else None
-    sizes = [sum(p.numel() for p in parameters) / 1e6 for parameters in (policy.model.parameters(), trained(policy.model))]
-    print(f"{config.algo} on {config.task}: {sizes[1]:.1f}M of {sizes[0]:.1f}M parameters trained on {policy.device}"
-          f"{f' and {processes - 1} more' if processes > 1 else ''}; everything goes to {out}/", flush=True)
-    def interrupt(number, frame):
-        interrupted.append(number) if not interrupted else os._exit(128 + number)
-        print("finishing this step, then saving; once more stops at once", flush=True)
-    handlers, stop = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}, False
-    while state["step"] < config.steps and state["bad"] < 5 and not stop:
-        began, step = time.time(), state["step"] + 1
-        records, useful, found, cursor = collect(policy, task, problems, state["cursor"], config)
-        sampled = time.time()
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
-        groups = [group for record in useful for group in record["groups"]]
-        results = [update(policy, optimizer, groups, max(1, found), config, start_model) for _ in range(config.updates)]
-        stats = {"step": step, **statistics(task, records, useful, config), **results[0], "skipped": sum(r["skipped"] for r in results)}
-        stop = bool(add_up(torch.tensor(len(interrupted))))
-        bad = state["bad"] + 1 if stats["skipped"] else 0                     # steps in a row
-        state |= {"step": step, "cursor": cursor, "bad": bad, "recent": state["recent"] + [stats["answer_reward"]]}
-        if rank == 0:
-            with metrics.open("a") as file:
-                file.write(json.dumps(stats) + "\n")
-        print(f"step {step:3d}/{config.steps}  answer {stats['answer_reward']:.3f}  trace {stats['trace_reward']:.3f}  "
-              f"gradient {stats['grad_norm']:.2f}  entropy {stats['search_entropy']:.2f}  useful {found}/{stats['drawn_problems']}  "
-              f"{sampled - began:.1f}+{time.time() - sampled:.1f}s", *diagnosis(stats, config, policy.model.dtype), sep="\n  note: ", flush=True)
-        if records and config.transcript_every and (step == 1 or step % config.transcript_every == 0):
-            print(f"--- step {step} " + "-" * 60 + "\n" + transcript(task, (useful or records)[0]), flush=True)
-        if bad < 5 and (step % config.save_every == 0 or step == config.steps or stop):
-            score = sum(state["recent"]) / len(state["recent"])                # reward of the final answers since the last save
-            state |= {"recent": [], "best": max(state["best"], [step, score], key=lambda best: best[1])}
-            save_checkpoint(out / f"step-{step}", {**state, "config": asdict(config)}, policy, optimizer)
-            for old in {*checkpoints(out)[2:]} - {out / f"step-{state['best'][0]}"} if rank == 0 else ():
+    metrics = (out / "metrics.jsonl").open("a") if writes else None
+    if writes:
+        metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
+    trained = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
+    say(f"{config.algo} on {config.task}, {trained:.1f}M parameters trained, into {out}/")
+    signals = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, end
+            signal.signal(number, lambda number, _: signals.append(number))
+    stop = False
+    while state["step"] < config.steps and not stop:
+        stats, records = train_step(policy, optimizer, task, problems, state, config)
+        step = state["step"]
+        stop = bool(add_up(torch.tensor(len(signals))))  # all processes, or none
+        save = step % config.save_every == 0 or step == config.steps or stop
+        if writes:
+            print(json.dumps(stats), file=metrics, flush=True)
+        if save or step == 1:
+            best = max(records, key=lambda r: sum(abs(c.advantage) for c in r.completions()))
+            say(f"--- step {step} ---", transcript(task, best))
+        if save and writes:
+            state["metrics_bytes"] = metrics.tell()
+            saved = {**state, "config": asdict(config)}
+            save_checkpoint(out / f"step-{step}", saved, policy, optimizer)
+            for old in checkpoints(out)[2:]:
                 shutil.rmtree(old)
-    list(map(signal.signal, handlers, handlers.values()))
-    if state["bad"] == 5:
-        print("five steps in a row were not finite: stopping. Lower --lr, or go back to the last checkpoint", flush=True)
-        return 1
     if stop:
-        print(f"saved after step {state['step']}; the same command goes on from there", flush=True)
-        return 128 + (interrupted or [signal.SIGTERM])[0]
-    return report(policy, task, config, out) if config.eval_problems and (rank == 0 or config.shard) else 0
-
-def report(policy, task, config, out):
-    """The table, on problems never trained on; also to evaluation.jsonl, all texts to records-*.jsonl. steps 0: of this policy alone. Returns 0."""
-    held_out, columns = task.problems(config.eval_split, config.eval_problems, 0), {}
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("before", "after") if config.steps else (config.model,):
-        print(f"evaluating on {len(held_out)} {config.eval_split} problems: {name} ...", flush=True)
-        mine = load_policy(config) if name == "before" else policy
-        columns[name], records = evaluate(mine, task, held_out, config)
-        keep_step(mine.model)
-        if world()[0]:
-            continue
-        with (out / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"policy": name, "step": config.steps * (name == "after"), "split": config.eval_split, **columns[name]}) + "\n")
-        (out / f"records-{Path(name).name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    print(f"\n{'held-out ' + config.eval_split:<18}" + (f"{'before':>10}{'after':>10}{'change':>10}" if config.steps else ""))
-    for key, *values in zip(columns[name], *(column.values() for column in columns.values())):
-        print(f"{key:<18}" + "".join(f"{value:10.3f}" for value in values) + (f"{values[1] - values[0]:+10.3f}" if config.steps else ""))
+        say(f"saved after step {state['step']}; the same command goes on from there")
+        return 128 + max(signals, default=signal.SIGTERM)
+    if signals is not None and writes and config.eval_problems:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        report(policy, task, config, out, state["step"])
     return 0
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-PRESETS = {"paper": dict(       # the last line is ours, as the paper doesn't disclose it; temperature 1 and no KL are the defaults
-    num_traces=8, set_size=4, num_sets=4, num_aggregations=4, max_trace_tokens=4096, max_aggregation_tokens=4096, lr=2e-5, lora_rank=32, problems=256,
-    dtype="bf16", max_prompt_tokens=17920, max_draws=4, gradient_checkpointing=True, steps=100, eval_problems=50)}
-PRESETS["80gb"] = PRESETS["paper"] | dict(problems=64)                      # Qwen3-4B
-PRESETS["24gb"] = PRESETS["80gb"] | dict(problems=32, max_trace_tokens=1024, max_aggregation_tokens=1024, max_prompt_tokens=5120)      # Qwen3-4B
+
+def report(policy, task, config, out, step):
+    """The table on problems never trained on, also to evaluation.jsonl: before and after, or with step 0
+    of this policy alone. Ctrl-C ends it early, with what there is."""
+    problems = task.problems(config.eval_split, config.eval_problems, 0)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "evaluation.jsonl"
+    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+    tables = {}
+    for name in ("before", "after") if step else (Path(config.model).name,):
+        mine = load_policy(config) if name == "before" else policy
+        generator, parts = torch.Generator().manual_seed(0), []
+        try:
+            for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):
+                part = problems[start : start + 50]
+                parts.append((len(part), evaluate(mine, task, part, config, generator)))
+        except KeyboardInterrupt:
+            say(f"interrupted after {sum(size for size, _ in parts)} problems")
+        if not parts:
+            break
+        count = sum(size for size, _ in parts)
+        scores = {key: sum(n * part[key] for n, part in parts) / count for key in parts[0][1]}
+        tables[name] = scores
+        key = {"policy": name, "step": step * (name == "after"), "split": config.eval_split}
+        rows = [row for row in rows if key.items() - row.items()]  # not twice
+        rows.append({**key, "problems": count, **scores})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    say(f"{'held-out ' + config.eval_split:<18}" + "".join(f"{name:>10}" for name in tables))
+    for score in next(iter(tables.values()), ()):
+        say(f"{score:<18}" + "".join(f"{table[score]:10.3f}" for table in tables.values()))
+
+
+# ---- Command line ----
+
 
 def parse_config(arguments=None):
-    parser = argparse.ArgumentParser(prog="spiral.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: (print(f"spiral.py: {message}", file=sys.stderr), sys.exit(2))
-    parser.add_argument("--preset", choices=PRESETS, help="other defaults: the paper's settings, or what fits a GPU (see --dry-run)")
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"].replace("%", "%%"), **kind)
-    parser.set_defaults(**PRESETS.get(parser.parse_known_args(arguments)[0].preset, {}))
-    return Config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "preset"})
+    """Config from options, and from files of them (@experiments/paper.args). Raises ValueError."""
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, fromfile_prefix_chars="@")
+
+    def fail(message):  # in one line, not with a page of usage
+        raise ValueError(message)
+
+    parser.error = fail
+    return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+def run(config):
+    """Returns the exit code."""
+    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group()
+    task = tasks.make_task(config.task, config.data)
+    name = config.algo if config.steps else "evaluation"
+    out = Path(config.out or f"runs/{name}-{config.task.partition(':')[0]}-{config.seed}")
+    if config.steps and not config.ask:
+        return train(task, config, out)
+    policy = load_policy(config)
+    if config.ask:
+        generator = torch.Generator().manual_seed(config.seed)
+        answer = solve(policy, task, task.question(config.ask), config, generator)
+        say(f"answer: {answer}")
+    else:
+        report(policy, task, config, out, 0)
+    return 0
+
 
 def main(arguments=None):
+    """Returns the exit code. Trouble that a user can mend ends in one line."""
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = parse_config(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that lack a character
     try:
-        config.check()
-        if "RANK" in os.environ and not dist.is_initialized():           # started by torchrun
-            dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if world()[0] else sys.stdout           # one process speaks for all
-        if config.dry_run:
-            sys.path.insert(0, str(TINY.parent))
-            import plan
-            return plan.show(config)
-        task = tasks.make_task(config.task, config.data)
-        out = Path(config.out or f"runs/{config.algo if config.steps else 'evaluation'}-{config.task.partition(':')[0]}-{config.seed}")
-        if config.ask:
-            print(f"answer: {solve(load_policy(config), task, task.question(config.ask), config, torch.Generator().manual_seed(config.seed))}")
-            return 0
-        return train(task, config, out) if config.steps else report(load_policy(config), task, config, out)
+        return run(parse_config(arguments))
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
     except torch.OutOfMemoryError:
-        print("spiral.py: out of memory: lower --problems, the token limits or --micro-batch-tokens; the last checkpoint is whole", file=sys.stderr)
-    except (ValueError, OSError, safetensors.SafetensorError) as error:      # a full disk among them
-        print(f"spiral.py: {str(error).splitlines()[0]}", file=sys.stderr)
-    return 2
+        message, code = "out of memory: lower --micro-batch-tokens, --rows or the token limits", 2
+    except (AssertionError, ValueError, OSError, ImportError, SafetensorError) as error:
+        message, code = (str(error).strip() or type(error).__name__).splitlines()[0], 2
+    print(f"spiral.py: {message}", file=sys.stderr)
+    return code
+
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code) if "RANK" in os.environ else sys.exit(code)           # a process of torchrun: threads of its libraries can abort a slow end
+    if "RANK" in os.environ:  # threads of torchrun's libraries can abort a slow end
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,106 +1,162 @@
-"""The reasoning environments. A task is any object with these methods:
+"""The reasoning environments, and the tokenizer of the tiny policy. A task is an object with methods
 
-    problems(split, count, seed) -> list of problems     distinct; "train", "validation" and "test" never share one. A generator
-                                                         gives exactly `count`; a file (Math) at most: all it has when it has fewer
-    prompt(problem) -> str                               the question, and the format of the answer
-    answer(text) -> str or None                          what a completion answers (majority voting compares these)
-    reward(problem, text) -> 0.0 or 1.0                  the verifier; `text` is a completion, any string at all
-    question(text) -> problem                            what a person asks with --ask; ValueError when it makes no sense
+    problems(split, count, seed) -> list     up to `count` distinct ones; the splits never share one
+    prompt(problem) -> str                   the question, and the format of the answer
+    answer(text) -> str or None              what a completion answers, spelled one way: votes count it
+    reward(problem, text) -> 0.0 or 1.0      the verifier; `text` is a completion, any string at all
+    question(text) -> problem                what a person asks with --ask, or ValueError
 
-Completions are hostile input: the verifiers parse them, with bounds on length, depth and integer size, and never
-evaluate them. `trace` and `aggregation` write the noisy demonstrations from which the tiny policy gets its warm start.
-Run as a program, this file is the worker process in which Math asks the math-verify library.
+Completions are hostile input: they are parsed, with bounds on length, depth and the size of integers,
+and never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
 """
 
-import contextlib, functools, json, random, re, signal, subprocess, sys, threading, zlib  # noqa: E401
+import ast
+import contextlib
+import functools
+import json
+import random
+import re
+import signal
+import sys
+import threading
+import zlib
 from fractions import Fraction
-from operator import add, mul, sub, truediv
+from operator import add, eq, mul, sub
+from subprocess import DEVNULL, PIPE, Popen
+
+import tiktoken
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
-COUNTDOWN = ("Use all the numbers, each exactly once, with + - * / and parentheses to reach the target.\nNumbers: ", "\nTarget: ",
-             '\nThink step by step, then end with one line "Answer: <expression>".\n')
+COUNTDOWN = (
+    "Use all the numbers, each exactly once, with + - * / and parentheses to reach the target.\n"
+    "Numbers: ",
+    "\nTarget: ",
+    '\nThink step by step, then end with one line "Answer: <expression>".\n',
+)
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
-WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")    # each is one token to the tiny policy
-OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
-MAX_ANSWER, MAX_DIGITS, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 9, 20, 20_000, 3
+WORDS = (
+    *COUNTDOWN,
+    *ARITHMETIC,
+    ANSWER,
+    YES,
+    NO,
+    ", ",
+    "none",
+)  # each is one token to the tiny policy
+CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
+AGGREGATE = (
+    "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, "
+    "settle their disagreements, and if all are wrong try another way. Then end with the answer in "
+    "the format asked for.\n"
+)
+SPLITS = ("test", "validation", *["train"] * 8)
+MAX_ANSWER, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 20, 20_000, 3
+
+
+class TinyTokenizer:
+    """A tiktoken encoding built here. Integers below 1000, the tasks' WORDS and the role markers
+    are single tokens, so that readable prompts stay short."""
+
+    def __init__(self):
+        words = [*WORDS, *map(str, range(10, 1000))]
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        ranks |= {word.encode(): 256 + i for i, word in enumerate(words)}
+        self.markers = [*(CANDIDATE.format(i) for i in range(1, 17)), CANDIDATE_END, AGGREGATE]
+        special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
+        pattern = "|".join(map(re.escape, WORDS)) + r"|[0-9]{1,3}|[\s\S]"
+        self.encoding = tiktoken.Encoding(
+            "tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.size = self.encoding.n_vocab
+        self.eos_id = special["<end>"]
+        self.eos_ids = [self.eos_id]
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, tokens):
+        return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
+
+    def chat(self, text):  # markers in `text` become role markers
+        allowed = set(self.markers)
+        return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+
+def rewrite(text, table):
+    """Apply each rule pattern=>replacement of a table; there are no spaces in a rule."""
+    for rule in table.split():
+        pattern, replacement = rule.split("=>")
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def balanced(opening, closing):
+    """A pattern of text in which these brackets match."""
+    pattern = other = f"[^{opening}{closing}]"
+    for _ in range(MAX_DEPTH):
+        pattern = f"(?:{other}|[{opening}]{pattern}*[{closing}])"
+    return pattern + "*"
+
+
+ANSWER_LINE = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*")
+BARE = r"[-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])"
+BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))")
+
+
+def after_thought(text):
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
 
 def extract_answer(text):
-    """The rest of the line after the last "Answer:", cleaned of decoration; None when there is none (or it is empty)."""
-    start = text.rfind("Answer:")
-    if start < 0:
-        return None
-    line = text[start + len("Answer:"):][:MAX_ANSWER].lstrip().split("\n")[0]
-    return line.lstrip(" \t\r$*`").rstrip(" \t\r.$*`") or None           # .5 keeps its point
+    """What follows the last "Answer:" on its line, or the next, without decoration; None: nothing."""
+    parts = ANSWER_LINE.split(after_thought(text))
+    line = parts[-1][:MAX_ANSWER].split("\n")[0] if len(parts) > 1 else ""
+    return line.rstrip(" \t\r.$*`") or None
 
-def evaluate(expression):
-    """(value, integers) of an arithmetic expression with + - * / and parentheses, as (Fraction, list of int). Raises ValueError for
-    anything else: over 200 characters, 9 digits or 20 parentheses deep, `**`, signs, division by 0."""
-    if len(expression) > MAX_ANSWER:
-        raise ValueError("too long")
-    tokens = re.findall(r"[0-9]+|\S", expression) + ["end"]
-    integers = []
 
-    def take(allowed):
-        return tokens.pop(0) if tokens[0] in allowed else None
+def final_answer(text):
+    r"""What the last \boxed{...} holds, else the last "Answer:" line, else ""."""
+    boxes = [match[1] or match[2] or "" for match in BOX.finditer(after_thought(text))]
+    short = [box for box in boxes if len(box) <= MAX_ANSWER]
+    return short[-1] if short else extract_answer(text) or ""
 
-    def atom(depth):
-        if take("("):
-            if depth == MAX_DEPTH:
-                raise ValueError("too deep")
-            value = summation(depth + 1)
-            if not take(")"):
-                raise ValueError("unbalanced")
-            return value
-        token = tokens.pop(0)
-        if not re.fullmatch(r"[0-9]{1,%d}" % MAX_DIGITS, token):
-            raise ValueError("not a number")
-        integers.append(int(token))
-        return Fraction(integers[-1])
 
-    def chain(operators, operand, depth):
-        value = operand(depth)
-        while operator := take(operators):
-            right = operand(depth)
-            if operator == "/" and right == 0:
-                raise ValueError("division by zero")
-            value = OPERATIONS[operator](value, right)
-        return value
+OPERATIONS = {"+": add, "-": sub, "*": mul, "/": Fraction}
+NODES = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
+SHORT = re.compile(r"(?!.*[0-9]{10})(?!(?:[^(]*\(){21})[-+*/() 0-9]{1,200}")
+EXPRESSION = r"""
+[−–—]=>- (?<=[0-9])(?:\{,\}|\\?,|[\u2009\u202f\u00a0\x20])(?=[0-9]{3}(?![0-9]))=>
+\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}=>(\1/\2) \\(?:boxed|fbox|left|right|[,;!\s()\[\]])|[$`]=>
+\\(?:times|cdot|ast)|[×·⋅∙∗]|(?<=[0-9)\]\s])[xX](?=[0-9(\[\s])=>* \\div|[÷⁄∕]=>/
+[\[{<]=>( [\]}>]=>) ^[\s=]+|[\s,;.!✓✔✅]+$=>
+"""
 
-    product = functools.partial(chain, "*/", atom)
-    summation = functools.partial(chain, "+-", product)
-    value = summation(0)
-    if tokens != ["end"]:
-        raise ValueError("not an expression")
-    return value, integers
 
-def split_of(text):
-    """The split a problem belongs to for ever, by a checksum: a tenth each "validation" and "test", the rest "train"."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
+def calculate(tree):
+    if isinstance(tree, ast.Constant):
+        return Fraction(tree.value)
+    return NODES[type(tree.op)](calculate(tree.left), calculate(tree.right))
 
-class Task:
-    """What the generated tasks share: splits, and the demonstrations of an aggregation."""
-    def problems(self, split, count, seed):
-        """`count` distinct problems of the split. Raises ValueError when the task doesn't hold that many."""
-        rng, found = random.Random(f"{split} {seed}"), {}
-        for _ in range(50 * count + 1000):
-            if len(found) == count:
-                return list(found.values())
-            problem = self.draw(rng)
-            if split == split_of(self.key(problem)):
-                found.setdefault(self.key(problem), problem)
-        raise ValueError(f"{type(self).__name__} has too few different problems for {count} in the split {split!r}")
 
-    def answer(self, text):
-        answer = extract_answer(text)
-        return None if answer == "none" else answer             # the demonstrations give up with "none"
+def evaluate(text):
+    """(value, integers, spelling) of an expression with + - * / and parentheses. Raises ValueError for
+    anything else: over 200 characters, 9 digits or 20 parentheses, `**`, signs, division by 0."""
+    try:
+        tree = ast.parse(SHORT.fullmatch(text.strip())[0], mode="eval").body
+        integers = [int(digits) for digits in re.findall("[0-9]+", text)]
+        return calculate(tree), integers, ast.unparse(tree).replace(" ", "")
+    except (SyntaxError, TypeError, AttributeError, KeyError, ZeroDivisionError):
+        raise ValueError(f"{text[:MAX_ANSWER]!r} is no short expression with + - * /") from None
 
-    def aggregation(self, problem, traces, rng, noise=0.1):
-        """A demonstration: audit the candidates one by one (each verdict is wrong with probability `noise`), then repeat the
-        last attempt and the answer of one that passed, or try again. It thus shows its work to the next aggregation."""
-        passed = [(self.reward(problem, trace) > 0) != (rng.random() < noise) for trace in traces]
-        audit = "".join(f"{i + 1}{YES if ok else NO}" for i, ok in enumerate(passed))
-        good = [trace for trace, ok in zip(traces, passed) if ok and self.answer(trace)]
-        return audit + ("\n".join(rng.choice(good).split("\n")[-2:]) if good else self.trace(problem, rng))
+
+def equation(text):
+    """What `evaluate` says of each side of an equation; [] unless all have one value."""
+    try:
+        sides = [evaluate(side) for side in rewrite(text, EXPRESSION).split("=")]
+    except ValueError:
+        return []
+    return sides if len({value for value, _, _ in sides}) == 1 else []
+
 
 def apply(a, operator, b, limit):
     """a operator b as a non-negative integer up to `limit`, or None."""
@@ -109,169 +165,283 @@ def apply(a, operator, b, limit):
     value = OPERATIONS[operator](a, b)
     return value if 0 <= value <= limit else None
 
-def write(items):
-    """(text, precedence) of `left operator right`, with only the parentheses it needs. items: (text, precedence) pairs."""
-    (left, p), operator, (right, q) = items
+
+def write(left, operator, right):
+    """(text, precedence) of two such pairs joined, with only the parentheses that are needed."""
     mine = 1 if operator in "+-" else 2
-    left = f"({left})" if p < mine else left
-    right = f"({right})" if q < mine or (q == mine and operator in "-/") else right
-    return f"{left}{operator}{right}", mine
+    lower = right[1] < mine or (right[1] == mine and operator in "-/")
+    first = f"({left[0]})" if left[1] < mine else left[0]
+    second = f"({right[0]})" if lower else right[0]
+    return first + operator + second, mine
+
+
+def split_of(text):
+    """The split a problem belongs to for ever, by a checksum."""
+    return SPLITS[zlib.crc32(text.encode()) % 10]
+
+
+class Task:
+    """What the generated tasks share."""
+
+    def problems(self, split, count, seed):
+        """Up to `count` distinct problems: fewer when 10,000 draws in a row bring no new one."""
+        rng, found, misses = random.Random(f"{split} {seed}"), {}, 0
+        while len(found) < count and misses < 10_000:
+            problem = self.draw(rng)
+            key = self.key(problem)
+            misses += 1
+            if split == split_of(key) and key not in found:
+                found[key] = problem
+                misses = 0
+        if not found:
+            raise ValueError(f"{type(self).__name__} has no problem in the split {split!r}")
+        return list(found.values())
+
 
 class Countdown(Task):
-    """Reach a target with each given number used exactly once. Solvable by construction: a problem is a random solution."""
+    """Reach a target with each given number used exactly once. A problem is a random solution."""
+
     def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
-            raise ValueError("countdown needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
+            raise ValueError("needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
         self.numbers, self.high, self.max_target = numbers, high, max_target
 
     def attempt(self, numbers, rng):
         """A random way to combine all the numbers: (steps like "3*7=21", expression, value)."""
-        items, steps = [(n, (str(n), 3)) for n in numbers], []
+        items, steps = [(number, (str(number), 3)) for number in numbers], []
         while len(items) > 1:
             i, j = rng.sample(range(len(items)), 2)
             operator = rng.choice("++--**/")
-            value = apply(items[i][0], operator, items[j][0], 2 * self.max_target)
+            (a, left), (b, right) = items[i], items[j]
+            value = apply(a, operator, b, 2 * self.max_target)
             if value is not None:
-                steps.append(f"{items[i][0]}{operator}{items[j][0]}={value}")
-                joined = (value, write((items[i][1], operator, items[j][1])))
-                items = [item for k, item in enumerate(items) if k not in (i, j)] + [joined]
+                steps.append(f"{a}{operator}{b}={value}")
+                rest = [item for k, item in enumerate(items) if k not in (i, j)]
+                items = [*rest, (value, write(left, operator, right))]
         return steps, items[0][1][0], items[0][0]
 
     def draw(self, rng):
         while True:
             numbers = [rng.randint(1, self.high) for _ in range(self.numbers)]
-            steps, expression, target = self.attempt(numbers, rng)
+            steps, solution, target = self.attempt(numbers, rng)
             if 1 <= target <= self.max_target and target not in numbers:
-                return {"numbers": numbers, "target": target, "steps": steps, "solution": expression}
+                return {"numbers": numbers, "target": target, "steps": steps, "solution": solution}
 
     def question(self, text):
-        *numbers, target = [int(n) for n in re.findall(r"[0-9]{1,9}", text)] or [0]
-        if not 2 <= len(numbers) <= 6:
+        numbers = [int(digits) for digits in re.findall(r"[0-9]{1,9}", text)]
+        if not 3 <= len(numbers) <= 7:
             raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
-        return {"numbers": numbers, "target": target}
+        return {"numbers": numbers[:-1], "target": numbers[-1]}
 
-    def key(self, problem): return f"{sorted(problem['numbers'])} {problem['target']}"
+    def key(self, problem):
+        return f"{sorted(problem['numbers'])} {problem['target']}"
 
     def prompt(self, problem):
         numbers, target, end = COUNTDOWN
-        return f"{numbers}{' '.join(map(str, problem['numbers']))}{target}{problem['target']}{end}"
+        listed = " ".join(map(str, problem["numbers"]))
+        return f"{numbers}{listed}{target}{problem['target']}{end}"
+
+    def answer(self, text):
+        """Of `3*7+5 = 21+5 = 26` the side with the most numbers, 3*7+5."""
+        sides = equation(extract_answer(text) or final_answer(text))
+        return max(sides, key=lambda side: len(side[1]), default=(0, [], None))[2]
 
     def reward(self, problem, text):
-        answer = self.answer(text)
-        try:
-            value, integers = evaluate((answer or "").replace("×", "*").replace("÷", "/").split("=")[0])
-        except ValueError:
-            return 0.0
-        return float(value == problem["target"] and sorted(integers) == sorted(problem["numbers"]))
+        right = problem["target"], sorted(problem["numbers"])
+        sides = equation(self.answer(text) or "")
+        return float(any((value, sorted(integers)) == right for value, integers, _ in sides))
 
-    def trace(self, problem, rng, attempts=None, skill=0.3, wishful=0.1):
-        """A demonstration: up to 3 attempts, each checked. `skill`: chance that an attempt is a solution; `wishful`: that
-        a wrong one is bent to fit (its last result, or the numbers it uses) and believed."""
-        text = ""
-        for _ in range(attempts or rng.choice((1, 2, 3))):
-            steps, expression, value = problem["steps"], problem["solution"], problem["target"]
-            if rng.random() >= skill:
-                numbers, bent = list(problem["numbers"]), rng.random() < wishful
-                if bent and rng.random() < 0.5:
-                    numbers[rng.randrange(len(numbers))] = rng.choice(numbers)
-                steps, expression, value = self.attempt(numbers, rng)
-                if bent:
-                    steps, value = steps[:-1] + [f"{steps[-1].split('=')[0]}={problem['target']}"], problem["target"]
-            text += ", ".join(steps) + (YES if value == problem["target"] else NO)
-            if value == problem["target"]:
-                return text + ANSWER + expression
-        return text + ANSWER + "none"
+
+LAST_INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
+
 
 class Arithmetic(Task):
     """Compute an expression of several operations."""
+
     def __init__(self, operations=3, high=20, max_value=400):
         if not 1 <= operations <= 8 or not 2 <= high <= 100 or not 10 <= max_value <= 999:
-            raise ValueError("arithmetic needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
+            raise ValueError("needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
         self.operations, self.high, self.max_value = operations, high, max_value
 
     def draw(self, rng):
         while True:
-            items, steps = [(n, (str(n), 3)) for n in (rng.randint(1, self.high) for _ in range(self.operations + 1))], []
+            numbers = [rng.randint(1, self.high) for _ in range(self.operations + 1)]
+            items, steps = [(number, (str(number), 3)) for number in numbers], []
             while len(items) > 1:
                 i, operator = rng.randrange(len(items) - 1), rng.choice("+-*")
-                (a, left), (b, right) = items[i], items[i + 1]
+                (a, left), (b, right) = items[i : i + 2]
                 value = apply(a, operator, b, self.max_value)
                 if value is None:
                     break
                 steps.append([a, operator, b])
-                items[i:i + 2] = [(value, write((left, operator, right)))]
+                items[i : i + 2] = [(value, write(left, operator, right))]
             else:
                 return {"expression": items[0][1][0], "value": items[0][0], "steps": steps}
 
-    def question(self, text): return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
-    def key(self, problem): return problem["expression"]
-    def prompt(self, problem): return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
+    def question(self, text):
+        return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
+
+    def key(self, problem):
+        return problem["expression"]
+
+    def prompt(self, problem):
+        return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
+
+    def answer(self, text):
+        """The integer on the answer line; without such a line the last one of the text."""
+        integers = re.findall(LAST_INTEGER, after_thought(text))
+        sides = equation(extract_answer(text) or "".join(integers[-1:]))
+        return next((spelling for _, _, spelling in sides if spelling.isdigit()), None)
 
     def reward(self, problem, text):
-        answer = self.answer(text) or ""
-        return float(bool(re.fullmatch(r"[0-9]{1,%d}" % MAX_DIGITS, answer)) and int(answer) == problem["value"])
+        return float(self.answer(text) == str(problem["value"]))
 
-    def trace(self, problem, rng, attempts=None, slip=0.25):
-        """A demonstration: work through the steps, each going wrong with probability `slip`; then again, until two
-        attempts agree (at most 3)."""
-        text, results = "", []
-        for _ in range(attempts or rng.choice((1, 2, 3))):
-            steps, values = [], {}                      # values: what this attempt believes each true result to be
-            for a, operator, b in problem["steps"]:
-                true = apply(a, operator, b, self.max_value)
-                x, y = values.get(a, a), values.get(b, b)
-                value = apply(x, operator, y, 999)
-                value = true if value is None else value
-                if rng.random() < slip:
-                    value = max(0, value + rng.choice((-10, -2, -1, 1, 2, 10)))
-                steps.append(f"{x}{operator}{y}={value}")
-                values[true] = value
-            agrees = value in results
-            text += ", ".join(steps) + (YES if agrees else NO if results else "\n")
-            results.append(value)
-            if agrees:
-                break
-        return text + ANSWER + str(value)
 
-def final_answer(text):
-    """What the last \boxed{...} with balanced braces holds, else the last "Answer:" line, else ""."""
-    for rest in reversed(text.split(r"\boxed{")[1:]):
-        depth = 1
-        for i, character in enumerate(rest[:MAX_ANSWER + 1]):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return rest[:i]
-    return extract_answer(text) or ""
+# A space is written ~ from the start, and words of \text{...} end up in quotation marks.
+LATEX = r"""
+[−–—‒]=>-~ √=>\\sqrt~ ½=>\\frac12~ ⅓=>\\frac13~ ⅔=>\\frac23~ ¼=>\\frac14~ ¾=>\\frac34~ ∞=>\\infty~
+π=>\\pi~ θ=>\\theta~ α=>\\alpha~ β=>\\beta~ γ=>\\gamma~ λ=>\\lambda~ μ=>\\mu~ φ=>\\phi~ ω=>\\omega~
+∅=>\\emptyset~ ≤=>\\le~ ≥=>\\ge~ ≠=>\\ne~ ≈=>\\approx~ ∪=>\\cup~ ∩=>\\cap~ ∈=>\\in~ ±=>\\pm~
+[·⋅]=>\\cdot~ ×=>\\times~ [÷⁄∕]=>/ ⁰=>^0~ ¹=>^1~ ²=>^2~ ³=>^3~ ⁴=>^4~ ⁵=>^5~ ⁶=>^6~ ⁷=>^7~ ⁸=>^8~ ⁹=>^9~
+(?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+=>~ ["“”`]|^~?\*+|\*+~?$=>
+\\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\}=>"\1"
+(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z])=>
+(?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\}=> \{([,:])\}=>\1
+(?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°]=> \\[dtc]frac=>\\frac
+\{([^{}]*)\\over~?([^{}]*)\}=>\\frac{\1}{\2} \\frac~?([0-9])~?(?=[0-9{])=>\\frac{\1}
+(\\frac\{[^{}]*\})~?([0-9])=>\1{\2} \\(le|ge|ne)(?:q|qslant|slant)(?![a-z])=>\\\1
+\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z])=>\\\1
+\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))=>\\sqrt{\1\2} \\langle=>( \\rangle=>)
+\\varnothing|\\\{~?\\\}=>\\emptyset (?<=.)~?\\approx.*=>
+\b(?:square|sq\.?)~([A-Za-z]+)=>\1^2 \bcubic~([A-Za-z]+)=>\1^3
+,?~*"?~*(?<![A-Za-z(])(?:or|and)(?![A-Za-z])~*"?|;=>, "([^"A-Za-z]*)"=>\1
+(?<=[0-9])(?<![0-9]{4})[,~](?=[0-9]{3}(?![0-9/]))(?![^(\[{]*[)\]}])=>
+~+(?![0-9A-Za-z])|(?<![0-9A-Za-z])~+|(?<=[0-9])~+(?=[A-Za-z])=> ([_^])\{(.)\}=>\1\2
+\^([0-9])\^([0-9])=>^{\1\2} \\(?:cdot|times)(?=\\sqrt|\\pi|[a-z])=> ^(.*)\\pm~?(.*)$=>\1+\2,\1-\2
+\.+$=> ^"?\(([A-J])\)"?(?=.)=>"\1"=
+"""
+NUMERALS = r"""
+\\frac\{(-?[0-9]+)\}\{([0-9]+)\}=>~\1/\2 ^([+-]?)~=>\1
+(?:\\times|\\cdot|\*)~?10\^\{?(-?[0-9]{1,2})\}?$=>e\1
+"""
+NUMBER = re.compile(
+    r"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*"
+    r"|(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{[0-9]+\})?)"
+)
+# A plural s is understood. A single letter may be a variable, unless it is text.
+UNITS = """
+mm cm m km centimeter centimetre meter metre kilometer inch foot feet ft yard yd mile mi acre g gram kg
+kilogram mg pound lb ounce oz ton second sec s minute min hour hr h day week month year L liter ml quart
+gallon gal pint unit degree deg radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm
+am percent people person child children man men woman women student boy girl apple orange book page car
+ball marble coin egg cookie box bag ticket game point time way number integer solution piece slice item
+tree bird cat dog fish chair table pencil pen card side edge face triangle friend bottle cup shirt flower
+"""
+UNIT_NAMES = """
+(?:^|(?<=kilo)|(?<=centi))met(?:er|re)=>m kilo=>k centi=>c foot|feet=>ft hour|hr=>h minute=>min
+second|sec=>s pound=>lb
+"""
+UNIT = re.compile(
+    r'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{2}))(%s)(?:e?s)?\.?"?(\^[23])?\.?"?'
+    % "|".join(UNITS.split())
+)
+TEXT = re.compile(r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_')
+INSIDE = balanced(r"(\[{", r")\]}")
+COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
+GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
+NAME = re.compile(
+    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
+    r"|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)"
+)
 
-def normal(answer):
-    """One spelling for answers that mean the same at first sight: undecorated, numbers as exact fractions in lowest terms."""
-    answer = " ".join(answer.replace("−", "-").replace("{,}", ",").split())
-    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"(?<!\\)\\(?:(?:left|right)(?![a-zA-Z])|[!,;:$%])|[$%°]|\^\{?\\circ\}?", "", answer)
-    answer = re.sub(r"\\frac ?([0-9])([0-9])", r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", answer))
-    answer = re.sub(r" (?![0-9A-Za-z])|(?<![0-9A-Za-z]) ", "", answer).rstrip(".")      # "1 1/2" is not 11/2
-    if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", answer):
-        answer = answer.replace(",", "")
-    # Fraction itself would take 1e999999999, 1_0 and other digits than 0 to 9
-    number = re.sub(r"^([+-]?)\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", answer)
-    plain = len(number) <= 60 and re.fullmatch(r"[+-]?([0-9]+/0*[1-9][0-9]*|[0-9]+\.?|[0-9]*\.[0-9]+)", number)
-    return str(Fraction(number)) if plain else answer
 
-worker, lock = None, threading.Lock()       # the process that asks math-verify; False: it doesn't start
+def number(text):
+    """A number in lowest terms; "" for anything else."""
+    plain = rewrite(text, NUMERALS)
+    if not NUMBER.fullmatch(plain):
+        return ""
+    digits, _, period = plain.strip("+-}").partition(r"\overline{")
+    value = sum(map(Fraction, digits.split("~")))
+    if period:
+        decimals = len(digits.partition(".")[2])
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
+    return str(-value if plain[0] == "-" else value)
 
-@functools.lru_cache(maxsize=100_000)       # the completions of a problem mostly agree
+
+def parse_node(text):
+    """[name, value, unit]: a number in lowest terms, text behind a quotation mark, or LaTeX. Of a list
+    [name, nodes, brackets], which are {} for a set and for a bare list of anything but words."""
+    parts = COMMA.split(text)
+    if len(parts) > 1:
+        return [None, [parse_node(part) for part in parts], "()" if TEXT.search(text) else "{}"]
+    if found := NAME.match(text):
+        return [found[1].rstrip('"').casefold(), *parse_node(text[found.end() :])[1:]]
+    if found := GROUP.fullmatch(text):
+        node = parse_node(found[2])
+        if COMMA.search(found[2]):
+            node[2] = found[1] + found[3]
+        return node
+    unit = ""
+    if found := UNIT.fullmatch(text):
+        text, unit = found[1], rewrite(found[2], UNIT_NAMES) + (found[3] or "")
+    if value := number(text):
+        text = value
+    elif TEXT.search(text):
+        text = '"' + re.sub(r'["{}~]', "", text).casefold()
+    return [None, text, unit]
+
+
+def parse_answer(text):
+    return parse_node(rewrite(text, LATEX))
+
+
+def spell(node):
+    """One spelling for all answers with the value of the node."""
+    _, value, brackets = node
+    if isinstance(value, str):
+        return value.lstrip('"')
+    parts = [spell(part) for part in value]
+    return brackets[0] + ", ".join(sorted(parts) if brackets == "{}" else parts) + brackets[1]
+
+
+def agree(right, answer, same):
+    """Whether nodes are equal; same(a, b) compares values. Name and unit may be missing, not differ."""
+    (name, value, unit), (other_name, other_value, other_unit) = right, answer
+    if name == other_value or other_name == value:  # (B) 12 is as right as B
+        return True
+    for one, other in ((name, other_name), (unit, other_unit)):
+        if one and other and one != other:
+            return False
+    if not isinstance(value, list) or not isinstance(other_value, list):
+        return same(value, other_value)
+    rest = list(other_value)
+    for part in value:
+        candidates = rest if unit == "{}" else rest[:1]
+        found = [other for other in candidates if agree(part, other, same)]
+        if not found:
+            return False
+        rest.remove(found[0])
+    return not rest
+
+
+worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
+
+
+@functools.lru_cache(maxsize=100_000)  # the completions of a problem mostly agree
 def equivalent(right, answer):
-    """Whether math-verify, in a process of its own, holds two answers for equal; False when that dies of it, or isn't there."""
+    """The worker's verdict on two answers; False when it dies of it, or isn't there."""
     global worker
     with lock, contextlib.suppress(OSError):
-        process, worker = worker, None      # an interrupt loses the process, lest its reply be taken for that to the next pair
+        process, worker = worker, None  # an interrupt loses the process, and with it a late reply
         if process is None or (process and process.poll() is not None):
-            process = subprocess.Popen([sys.executable, __file__, str(MAX_SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, text=True, start_new_session=True)      # Ctrl-C is not for it
+            command = [sys.executable, __file__]
+            process = Popen(
+                command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True
+            )
             if not process.stdout.readline():
                 process.wait()
                 process = False
-                print("note: no math-verify (pip install math-verify): answers are compared as text and numbers only", file=sys.stderr)
+                print("note: no math-verify: numbers and text are compared alone", file=sys.stderr)
         reply = ""
         if process:
             print(json.dumps([right, answer]), file=process.stdin, flush=True)
@@ -280,41 +450,62 @@ def equivalent(right, answer):
         return reply == "1\n"
     return False
 
-def serve(seconds):
-    """The worker: a line 1 or 0 for each line [right answer, answer] of standard input, until that ends. When a pair takes too
-    long the kernel ends the process by an alarm, which also holds when the parent asks from a thread, or is gone."""
-    replies, sys.stdout = sys.stdout, sys.stderr        # what the libraries print is no reply
-    import resource                                     # not on Windows, where the alarm is missing as well
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)       # a parent may have it ignored
+
+def exact_library():
+    """same(right, answer) of values, by math-verify without its tolerances, and without eval."""
+    import math_verify
+    import sympy.physics.units  # reads texts by eval when first imported
+
+    def read_number(code, *scopes):  # sympy reads even numbers by eval, and only numbers
+        return sympy.Rational(re.fullmatch(r"\w+ \('?([0-9.]+)'? \)", code)[1])
+
+    def equal(a, b, *tolerances):
+        return all(entry.equals(0) for entry in sympy.Matrix([(a - b).doit()]))
+
+    def same(right, answer):
+        spelled = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")  # numbers, or text
+        if right == answer or spelled or ("=" in right) != ("=" in answer):
+            return right == answer
+        read = math_verify.parser.parse_latex_cached
+        pair = [read(text.replace("~", " ")) for text in (right, answer)]
+        return math_verify.verify(*pair, timeout_seconds=None)
+
+    sympy.parsing.sympy_parser.eval_expr = read_number
+    grader = math_verify.grader
+    grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
+    grader.sympy_numeric_eq = grader.sympy_symbolic_eq = equal
+    assert same(r"\frac{1}{2}+x", "x+0.5")
+    return same
+
+
+def serve():
+    """The worker: a line 1 or 0 for each line [right, answer] of standard input. When a pair takes too
+    long the kernel ends the process by an alarm, also when a thread of the parent asks, or it is gone."""
+    import resource  # not on Windows, where the alarm is missing as well
+
+    replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
     signal.alarm(60)
-    from math_verify import LatexExtractionConfig, parse, verify
-    import sympy.physics.units                          # reads texts by eval when first imported
-    def number(code, *scopes):      # sympy reads even numbers by eval, and only numbers: no text is evaluated from here on
-        kind, digits = re.fullmatch(r"(Integer|Float) \('?([0-9.]+)'? \)", code).groups()
-        return getattr(sympy, kind)(digits)
-
-    def same(pair):                 # as LaTeX, which has a grammar; math-verify's plain expressions go through eval
-        right, answer = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in pair)
-        return verify(right, answer, timeout_seconds=None)
-
-    sympy.parsing.sympy_parser.eval_expr = number
-    assert same([r"\frac{1}{2}+x", "x+0.5"]) and not same(["1", "2"])
+    same = exact_library()
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     signal.alarm(0)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.alarm(seconds)
-        verdict = int(same(json.loads(line)))
+        signal.alarm(MAX_SECONDS)
+        verdict = False
+        with contextlib.suppress(Exception):  # LaTeX that the library can't read
+            verdict = agree(*map(parse_answer, json.loads(line)), same)
         signal.alarm(0)
-        print(verdict, file=replies, flush=True)
+        print(int(verdict), file=replies, flush=True)
+
 
 class Math:
-    """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and, if you like,
-    "split": "train", "validation" or "test" (else a checksum decides). Of equal problems the first counts."""
+    """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and,
+    if you like, a "split" (else a checksum decides). Of equal problems the first counts."""
+
     def __init__(self, path=""):
         self.path, self.rows = path, {}
-        if not path:                                    # for `question` alone
+        if not path:  # for `question` alone
             return
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -323,57 +514,66 @@ class Math:
                         row = self.row(line)
                         self.rows.setdefault(row["problem"], row)
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path} line {number}: {getattr(error, 'msg', error)}") from None
+                    reason = getattr(error, "msg", error)
+                    raise ValueError(f"{path} line {number}: {reason}") from None
 
     def row(self, line):
-        row = json.loads(line, parse_float=str)         # 0.10 stays as it is written
+        row = json.loads(line, parse_float=str)  # 0.10 stays as it is written
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
-        row["answer"] = str(row.get("answer")) if type(row.get("answer")) is int else row.get("answer")
+        if type(row.get("answer")) is int:
+            row["answer"] = str(row["answer"])
         for name, limit in (("problem", MAX_PROBLEM), ("answer", MAX_ANSWER)):
             text = row.get(name)
-            if not isinstance(text, str) or len(text) > limit or not normal(text):
+            if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
                 raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')
         row = {"split": split_of(row["problem"]), **row}
-        if row["split"] not in ("train", "validation", "test"):
+        if row["split"] not in SPLITS:
             raise ValueError('"split" must be "train", "validation" or "test"')
         return row
 
     def problems(self, split, count, seed):
-        """Up to `count` problems of the split, shuffled. Raises ValueError when it has none."""
-        if not self.path:
-            raise ValueError("task math needs --data, a JSONL file of problems")
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
-            raise ValueError(f'{self.path} has no problem in the split "{split}", of {len(self.rows)} in all')
+            has = f'--data {self.path} has no problem in the split "{split}"'
+            raise ValueError(f"{has}, of {len(self.rows)} in all")
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 
-    def question(self, text): return {"problem": text, "answer": ""}
-    def prompt(self, problem): return problem["problem"] + "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
-    def answer(self, text): return normal(final_answer(text)) or None
+    def question(self, text):
+        return {"problem": text, "answer": ""}
+
+    def prompt(self, problem):
+        end = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
+        return problem["problem"] + end
+
+    def answer(self, text):
+        return spell(parse_answer(final_answer(text))) or None
 
     def reward(self, problem, text):
-        raw = final_answer(text)
-        answer, right = normal(raw), normal(problem["answer"])
-        decided = answer == right or not answer or all(re.fullmatch(r"-?[0-9/]+", number) for number in (answer, right))
-        return float(answer == right if decided else equivalent(problem["answer"].replace("$", ""), raw.replace("$", "")))
+        texts = problem["answer"], final_answer(text)
+        right, answer = map(parse_answer, texts)
+        given = right[1] and answer[1]
+        return float(bool(given and (agree(right, answer, eq) or equivalent(*texts))))
+
 
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
 
+
 def make_task(name, data=""):
-    """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a file `data`. Raises
-    ValueError for others."""
-    kind, _, options = name.partition(":")
+    """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a
+    file `data`. Raises ValueError for others."""
+    kind, _, options = name.replace(" ", "").partition(":")
     if kind not in TASKS:
         raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
-    if data and kind != "math":
-        raise ValueError(f"task {kind} takes no --data {data}")
     try:
-        options = {key: int(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)}
-        return TASKS[kind](*[data] * bool(data), **options)
+        if data and kind != "math":
+            raise ValueError(f"takes no --data {data}")
+        pairs = [pair.split("=") for pair in options.split(",") if pair]
+        return TASKS[kind](*[data] * bool(data), **{key: int(value) for key, value in pairs})
     except (TypeError, ValueError) as error:
         raise ValueError(f"task {name}: {error}") from None
 
+
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve()
