@@ -182,7 +182,9 @@ def noise_of_credits():
 def noise_table():
     lines = [["credit", "noise", "cosine with the true gradient", "tokens until signal = noise"]]
     for name, values in noise_of_credits().items():
-        lines.append([name, *("{:,.3g} ({:,.3g} to {:,.3g})".format(*value) for value in values)])
+        lines.append([name])
+        for digits, value in zip((1, 2, 0), values, strict=True):
+            lines[-1].append("{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(*value, d=digits))
     return markdown(*lines)
 
 

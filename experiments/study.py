@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ QUICK = {
 
 def second_level():
     """Sets of the first level's aggregations are aggregated too, for rewards of their own."""
-    rollout, statistics, groups = spiral.rollout, spiral.statistics, spiral.Record.groups
+    rollout, counts, transcript = spiral.rollout, spiral.response_counts, spiral.transcript
 
     def two_levels(policy, task, problems, config, generators, curve=None):
         records = rollout(policy, task, problems, config, generators, curve)
@@ -97,20 +98,18 @@ def second_level():
             theirs += [generator] * num_sets
         answers = spiral.aggregate(policy, task, owners, sets, config, many, theirs)
         rewards = spiral.rewards_of(answers).view(len(records), num_sets, many)
-        advantages = spiral.aggregation_advantages(rewards).flatten(0, 1)
+        advantages = spiral.aggregation_advantages(rewards)
         spiral.set_advantages(answers, advantages, config.target_length)
         for i, record in enumerate(records):
-            record.second = answers[i * num_sets : (i + 1) * num_sets]
+            record.aggregations += answers[i * num_sets : (i + 1) * num_sets]
         return records
 
-    def all_tokens(records):
-        second = [c for record in records for group in record.second for c in group.completions]
-        stats = statistics(records)
-        stats["aggregation_tokens"] += sum(len(c.tokens) for c in second)
-        return stats
+    def first_level(record):
+        return replace(record, aggregations=record.aggregations[: len(record.sets)])
 
-    spiral.rollout, spiral.statistics = two_levels, all_tokens
-    spiral.Record.groups = lambda record: groups(record) + record.second
+    spiral.rollout = two_levels
+    spiral.response_counts = lambda records, n: counts([first_level(r) for r in records], n)
+    spiral.transcript = lambda task, record: transcript(task, first_level(record))
 
 
 # ---- A piece of work: a dict, done by a process of its own ---------------------------------------
@@ -166,14 +165,6 @@ def checkpoint_of(piece, folder):
     return whole.parent if whole.exists() and sampled_tokens(rows) >= piece["tokens"] else None
 
 
-def right_ones(task, group):
-    """Right completions of a group, and whether its majority vote is right."""
-    rewards = {task.answer(c.text): c.reward for c in group.completions}
-    winner = spiral.majority_vote(task.answer(c.text) for c in group.completions)
-    right = sum(int(c.reward) for c in group.completions)
-    return right, 0 if winner is None else int(rewards[winner])
-
-
 def evaluate_piece(piece, checkpoint):
     """Right answers per problem: of the traces, of each population of recursion, and of its vote.
 
@@ -201,9 +192,11 @@ def evaluate_piece(piece, checkpoint):
         start = [spiral.Group([], group.completions[first::stride]) for group in traces]
         how = config, start, sizes["rsa_steps"], torch.Generator().manual_seed(2 + number)
         history = spiral.recursive_self_aggregation(policy, task, problems, *how)
-        counts = [[right_ones(task, group) for group in groups] for groups in history]
-        rsa.append([[right for right, _ in step] for step in counts])
-        votes.append([[vote for _, vote in step] for step in counts])
+        rsa.append([spiral.rewards_of(step).sum(1).int().tolist() for step in history])
+        votes.append([])
+        for step in history:
+            right = [spiral.vote_reward(task, group.completions) for group in step]
+            votes[-1].append([int(reward) for reward in right])
     completions = [c for group in traces for c in group.completions]
     tokens = sum(len(c.tokens) for c in completions)
     return piece | {
