@@ -20,7 +20,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -63,11 +62,9 @@ def roll_out(policy, task, problem, config, rollouts, generator):
     owners = [problem] * len(sets)
     answers = spiral.aggregate(policy, task, owners, sets, config, N2, generator)
     scores = spiral.rewards_of(answers).view(rollouts, len(SETS), N2)
-    trace, answer = [
-        np.mean([len(c.tokens) for each in groups for c in each.completions])
-        for groups in ([group], answers)
-    ]
-    return products, rewards, scores, N1 * trace + 16 * answer
+    tokens = sum(len(c.tokens) for c in group.completions) / rollouts
+    lengths = [len(c.tokens) for answer in answers for c in answer.completions]
+    return products, rewards, scores, tokens + 16 * sum(lengths) / len(lengths)
 
 
 def moments(products, rewards, scores, curve, weight, num_sets, num_aggregations):
@@ -94,8 +91,7 @@ def moments(products, rewards, scores, curve, weight, num_sets, num_aggregations
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--problems", type=int, default=40)
-    parser.add_argument("--rollouts", type=int, default=6, help="per problem")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(40, 6), help="problems, rollouts")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--name", default="start", help="what the result calls this policy")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,8 +100,9 @@ def main():
     config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)
     policy, task = spiral.load_policy(config), tasks.make_task(config.task)
     generator = torch.Generator().manual_seed(args.seed)
-    problems = tqdm(task.problems("validation", args.problems, args.seed))
-    found = [roll_out(policy, task, x, config, args.rollouts, generator) for x in problems]
+    count, rollouts = args.sizes
+    problems = tqdm(task.problems("validation", count, args.seed))
+    found = [roll_out(policy, task, x, config, rollouts, generator) for x in problems]
     _, rewards, scores, tokens = zip(*found, strict=True)
     right = torch.stack(rewards)[..., SETS].sum(-1)  # [problems, R, 70]
     measured = [torch.stack(scores)[right == c].mean().item() for c in range(N + 1)]

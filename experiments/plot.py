@@ -31,6 +31,7 @@ TABLES = {
     "lattice": ((), [(f"{run} (lattice)", run) for run in RIVALS]),
     "more": ((), [(run, "curve") for run in ("depth 2", "curve trained with lattices")]),
 }
+NEEDED = "thousands of sampled tokens until signal = noise"
 METRICS = ("aggregation_reward", "search_reward", "search_entropy", "search_truncated", "grad_norm")
 METRICS += ("curve",)
 
@@ -82,7 +83,7 @@ def factor(ours, theirs, k):
     theirs, curve = theirs[..., k.bit_length() - 1], ours.mean((0, 1))
     i = int(np.argmax(curve >= theirs.mean()))  # k' is between 2^(i - 1) and 2^i
     if i == 0:
-        return "one will do" if curve[0] >= theirs.mean() else "never"
+        return "-"
     slope = curve[i] - curve[i - 1]
     weight = (theirs.mean() - curve[i - 1]) / slope
     level = (1 - weight) * ours[..., i - 1] + weight * ours[..., i]  # ours at k'
@@ -99,9 +100,8 @@ def load(setting="short"):
     largest = max(row["tokens"] for row in rows)
     runs = {}
     for row in rows:
-        if row["part"] != "tune" and row["tokens"] in (0, largest):
-            run = row["run"] + " (lattice)" * row["lattice"]
-            runs.setdefault(run, {})[row["seed"]] = row
+        if row["tokens"] in (0, largest):  # 0: the start policy
+            runs.setdefault(row["run"], {})[row["seed"]] = row
     return runs
 
 
@@ -150,22 +150,22 @@ def study_table(name, setting="short"):
     return markdown(*([key, *(column[key] for column in columns)] for key in columns[0]))
 
 
-def runs_table(*folders):
+def runs_table(folders):
     """Scores before and after, in the mean over runs of one command, and the change of each."""
-    runs = [read(Path(folder) / "evaluation.jsonl")[-2:] for folder in folders]
-    lines = [["held-out", "before", "after", "change", *(Path(folder).name for folder in folders)]]
+    runs = [read(folder / "evaluation.jsonl")[-2:] for folder in folders]
+    lines = [["held-out", "before", "after", "change", *(folder.name for folder in folders)]]
     for key in [key for key in runs[0][0] if key not in ("policy", "step", "split", "problems")]:
         values = np.array([[row[key] for row in run] for run in runs])  # [runs, 2]
-        means, changes = values.mean(0), np.diff(values)[:, 0]
-        lines.append([key, *(f"{mean:.3f}" for mean in means)])
+        changes = np.diff(values)[:, 0]
+        lines.append([key, *(f"{mean:.3f}" for mean in values.mean(0))])
         lines[-1] += [f"{change:+.3f}" for change in (changes.mean(), *changes)]
     return markdown(*lines)
 
 
 def noise_of_credits():
-    """{credit: (value, low, high) of noise, cosine, tokens}: the bootstrap over problems. Moments a
-    problem: E|g|^2, E g . E g, E g . t with the true gradient t, t . t. Noise is variance over
-    signal, (sum E g . t)^2 / sum t . t, the problems' gradients being blocks of one long vector."""
+    """{credit: (value, low, high) of noise, cosine, tokens / 1000}, by the bootstrap over problems.
+    Moments a problem: E|g|^2, E g . E g, E g . t with the true gradient t, t . t. Noise is variance
+    over signal, (sum E g . t)^2 / sum t . t: problems' gradients are blocks of one long vector."""
     found = {}
     for policy, entry in json.loads(NOISE.read_text()).items():
         for name, moments in entry["credits"].items():
@@ -173,18 +173,16 @@ def noise_of_credits():
             picks[0] = np.arange(len(moments))  # all problems once: the value itself
             second, mean, along, true = np.moveaxis(np.array(moments)[picks].mean(1), -1, 0)
             noise = (second - mean) * true / along**2
-            values = noise, along / np.sqrt(mean * true), noise * entry["tokens"]
+            values = noise, along / np.sqrt(mean * true), noise * entry["tokens"] / 1000
             intervals = [(value[0], *np.percentile(value, [2.5, 97.5])) for value in values]
             found[f"{policy}: {name}"] = intervals
     return found
 
 
 def noise_table():
-    lines = [["credit", "noise", "cosine with the true gradient", "tokens until signal = noise"]]
+    lines = [["credit", "noise", "cosine with the true gradient", NEEDED]]
     for name, values in noise_of_credits().items():
-        lines.append([name])
-        for digits, value in zip((1, 2, 0), values, strict=True):
-            lines[-1].append("{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(*value, d=digits))
+        lines.append([name, *("{:.3g} ({:.3g} to {:.3g})".format(*value) for value in values)])
     return markdown(*lines)
 
 
@@ -192,7 +190,7 @@ def table(words):
     """The table of that name, or of folders of runs."""
     if words == ["noise"]:
         return noise_table()
-    return study_table(*words) if words[0] in TABLES else runs_table(*words)
+    return study_table(*words) if words[0] in TABLES else runs_table([Path(word) for word in words])
 
 
 def fill(text):
@@ -211,27 +209,21 @@ def finish(figure, path):
     figure.savefig(path, dpi=110)
 
 
-def draw_scores():
-    """pass@k, and recursion by step, of all rivals."""
-    runs = load()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+def draw_study():
+    """pass@k and recursion by step of all rivals, and the noise of each credit."""
+    runs, noise = load(), noise_of_credits()
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     axes[0].set(title="pass@k of traces", xlabel="log2 k")
     axes[1].set(title="recursive self-aggregation, accuracy", xlabel="step")
+    axes[2].set(title=NEEDED, xscale="log")
     for run in [run for run in RIVALS if run in runs]:
-        for axis, of in zip(axes, (pass_curve, recursion), strict=True):
+        for axis, of in zip(axes, (pass_curve, recursion), strict=False):
             mean, half = interval(*paired(runs, [run], of))
             axis.plot(mean, label=run)
             axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
-    finish(figure, RESULTS / "scores.png")
-
-
-def draw_noise():
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    axis.set(title="sampled tokens until signal = noise", xscale="log")
-    found = noise_of_credits()
-    value, low, high = np.transpose([tokens for _, _, tokens in found.values()])
-    axis.errorbar(value, [*found], xerr=[value - low, high - value], fmt="o", label="95%")
-    finish(figure, RESULTS / "noise.png")
+    value, low, high = np.transpose([tokens for _, _, tokens in noise.values()])
+    axes[2].errorbar(value, [*noise], xerr=[value - low, high - value], fmt="o")
+    finish(figure, RESULTS / "study.png")
 
 
 def draw_training(folders, path):
@@ -260,8 +252,7 @@ def main():
     if args.runs:
         draw_training(args.runs, "curves.png")
     elif not args.table and not args.fill:
-        draw_scores()
-        draw_noise()
+        draw_study()
         draw_training(sorted(RESULTS.glob("short-*-0-*")), RESULTS / "training.png")
 
 

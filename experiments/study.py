@@ -54,6 +54,7 @@ RIVALS = {
     "curve": ["--search-credit", "curve"],
     "pass": ["--search-credit", "pass"],
 }
+FILES = ("evaluation.jsonl", "tuning.jsonl")
 PARTS = ("tune", "main", "depth", "lattice")
 FULL = {
     "seeds": 5,
@@ -124,10 +125,12 @@ def make_piece(args, part, run, seed, options=(), tokens=0, split="test", lattic
     options = [*SETTINGS[args.setting], *options]
     code = zlib.crc32(json.dumps([options, patch]).encode())
     folder = f"{args.setting}-{run.replace(' ', '-')}-{seed}-{code:08x}"
+    run += " (lattice)" * lattice
     piece = {"part": part, "setting": args.setting, "run": run, "seed": seed, "tokens": tokens}
     piece |= {"options": options, "patch": patch, "split": split, "lattice": lattice}
     name = json.dumps([folder, tokens, split, lattice, evaluation])
-    return piece | {"folder": folder, "evaluation": evaluation, "id": name}
+    file = FILES[part == "tune"]
+    return piece | {"folder": folder, "evaluation": evaluation, "id": name, "file": file}
 
 
 def append(path, row):
@@ -153,7 +156,9 @@ def train_piece(piece, folder):
 
     spiral.train_step = train_step
     arguments = ["--seed", str(piece["seed"]), "--out", str(folder), "--steps", "1000000"]
-    return spiral.main([*arguments, *piece["options"]])
+    code = spiral.main([*arguments, *piece["options"]])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the evaluation at once
+    return code
 
 
 def checkpoint_of(piece, folder):
@@ -229,10 +234,9 @@ def work(piece, runs, results):
         kept = results / piece["folder"] / "metrics.jsonl"
         kept.unlink(missing_ok=True)  # of a smaller budget
         for row in read(folder / "metrics.jsonl"):
-            append(
-                kept, {key: row[key] for key in ("search_tokens", "aggregation_tokens", *METRICS)}
-            )
-    append(results / "evaluation.jsonl", evaluate_piece(piece, checkpoint_of(piece, folder)))
+            keys = ("search_tokens", "aggregation_tokens", *METRICS)
+            append(kept, {key: row[key] for key in keys})
+    append(results / piece["file"], evaluate_piece(piece, checkpoint_of(piece, folder)))
     return 0
 
 
@@ -254,8 +258,7 @@ def score(row):
 
 def tuned(args, run, results):
     """The rival's best options of the part tune; untried settings take those of short."""
-    rows = [row for row in read(results / "evaluation.jsonl") if row["part"] == "tune"]
-    rows = [row for row in rows if row["run"].split()[0] == run]
+    rows = [row for row in read(results / "tuning.jsonl") if row["run"].split()[0] == run]
     rows = [row for row in rows if row["setting"] == args.setting] or rows
     if not rows:
         return grid(args, run)[0]
@@ -294,7 +297,7 @@ def pieces_of(args, part, results):
 
 def run_pieces(pieces, args, runs, results):
     """At most args.jobs processes at a time, in order. Their output goes to log.txt."""
-    done = {row["id"] for row in read(results / "evaluation.jsonl")}
+    done = {row["id"] for name in FILES for row in read(results / name)}
     waiting = [piece for piece in pieces if piece["id"] not in done]
     print(f"{len(pieces)} pieces, {len(pieces) - len(waiting)} done before", flush=True)
     running = []
