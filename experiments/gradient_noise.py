@@ -50,8 +50,8 @@ def roll_out(policy, task, problem, config, rollouts, generator):
     parameters, gradients = [*policy.model.parameters()], []
     for c in group.completions:
         one = spiral.Group(group.prompt, [c])
-        logprobs = spiral.completion_logprobs(policy.model, one, 1.0)[0]
-        gradient = torch.autograd.grad(logprobs.sum(), parameters)
+        score = spiral.completion_logprobs(policy.model, one, 1.0)[0].sum()
+        gradient = torch.autograd.grad(score, parameters)
         gradients.append(torch.cat([part.flatten() for part in gradient]))
     gradients = torch.stack(gradients)
     products = (gradients @ gradients.T).view(rollouts, N1, rollouts, N1)
@@ -90,13 +90,12 @@ def moments(products, rewards, scores, curve, weight, num_sets, num_aggregations
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs=2, default=(40, 6), help="problems, rollouts")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--name", default="start", help="what the result calls this policy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)
     policy, task = spiral.load_policy(config), tasks.make_task(config.task)
     generator = torch.Generator().manual_seed(args.seed)

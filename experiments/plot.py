@@ -59,7 +59,7 @@ def interval(values):
     by_seed = values.mean(1).var(0) / more
     rest = values - values.mean(0) - values.mean(1)[:, None] + mean
     rest = (rest**2).mean((0, 1)) / (more * (problems - 1))
-    variance = by_seed + np.maximum(by_problem - rest, 0) + 1e-12
+    variance = np.maximum(by_seed + by_problem - rest, np.maximum(by_seed, by_problem)) + 1e-12
     freedom = variance**2 / (by_seed**2 / more + by_problem**2 / (problems - 1) + 1e-24)
     z = 1.96 * (8 * freedom + 3) / (8 * freedom + 1)
     return mean, np.sqrt(variance * freedom * np.expm1(z**2 / freedom))

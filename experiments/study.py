@@ -1,7 +1,7 @@
 """The study: what credit should search get? Raw results only; plot.py makes the tables and figures.
 
-    python experiments/study.py                              # the full plan, about 12 CPU hours
-    python experiments/study.py main --seeds 1 --tokens 1000000       # less of it; more can follow
+    python experiments/study.py                              # the full plan, about 18 CPU hours
+    python experiments/study.py main --seeds 2 --tokens 1000000 --generators 1        # less of it
     python experiments/study.py main --setting long --seeds 3 --rivals grpo,trace,pass,curve
     python experiments/study.py --quick                      # everything in miniature, 5 minutes
 
@@ -61,7 +61,7 @@ FULL = {
     "tokens": 2_000_000,  # sampled in training, by each run
     "tune_tokens": 300_000,
     "lrs": "5e-5,1e-4",
-    "weights": "0.05,0.2,1",  # of the search term
+    "weights": "0.05,0.2",  # of the search term
     "problems": 300,  # held out
     "traces": 64,  # of each, for pass@k
     "rsa_steps": 10,
