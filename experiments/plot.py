@@ -11,6 +11,7 @@ are paired by seed and by problem.
 """
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -32,8 +33,8 @@ TABLES = {
     "more": ((), [(run, "curve") for run in ("depth 2", "curve trained with lattices")]),
 }
 NEEDED = "thousands of sampled tokens until signal = noise"
-METRICS = ("aggregation_reward", "search_reward", "search_entropy", "search_truncated", "grad_norm")
-METRICS += ("curve",)
+METRICS = ("aggregation reward", "search reward", "search entropy", "search length")
+METRICS += ("grad_norm", "curve")
 
 
 def read(path):
@@ -233,7 +234,8 @@ def draw_training(folders, path):
     for axis, metric in zip(axes.flat, METRICS, strict=True):
         axis.set_title(metric)
         for i, folder in enumerate(folders):
-            values = [row[metric] for row in read(folder / "metrics.jsonl")]
+            rows = read(folder / "metrics.jsonl")
+            values = [functools.reduce(dict.get, metric.split(), row) for row in rows]
             means = [np.mean(values[max(0, j - 4) : j + 1], 0) for j in range(len(values))]
             axis.plot(means, color=f"C{i}", label=folder.name)
     finish(figure, path)

@@ -36,7 +36,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from plot import METRICS, pass_curve, read  # noqa: E402
+from plot import pass_curve, read  # noqa: E402
 
 import spiral  # noqa: E402
 import tasks  # noqa: E402
@@ -105,12 +105,12 @@ def second_level():
             record.aggregations += answers[i * num_sets : (i + 1) * num_sets]
         return records
 
-    def first_level(record):
-        return replace(record, aggregations=record.aggregations[: len(record.sets)])
+    def first_level(records):
+        return [replace(r, aggregations=r.aggregations[: len(r.sets)]) for r in records]
 
     spiral.rollout = two_levels
-    spiral.response_counts = lambda records, n: counts([first_level(r) for r in records], n)
-    spiral.transcript = lambda task, record: transcript(task, first_level(record))
+    spiral.response_counts = lambda records, n: counts(first_level(records), n)
+    spiral.transcript = lambda task, records: transcript(task, first_level(records))
 
 
 # ---- A piece of work: a dict, done by a process of its own ---------------------------------------
@@ -141,7 +141,9 @@ def append(path, row):
 
 
 def sampled_tokens(rows):
-    return sum(row["search_tokens"] + row["aggregation_tokens"] for row in rows)
+    """Of both roles; those of GRPO, which has one, stand twice in its rows."""
+    roles = [[row["search"], row["aggregation"]] for row in rows]
+    return sum(a["tokens"] + (a != b) * b["tokens"] for a, b in roles)
 
 
 def train_piece(piece, folder):
@@ -234,8 +236,7 @@ def work(piece, runs, results):
         kept = results / piece["folder"] / "metrics.jsonl"
         kept.unlink(missing_ok=True)  # of a smaller budget
         for row in read(folder / "metrics.jsonl"):
-            keys = ("search_tokens", "aggregation_tokens", *METRICS)
-            append(kept, {key: row[key] for key in keys})
+            append(kept, row)
     append(results / piece["file"], evaluate_piece(piece, checkpoint_of(piece, folder)))
     return 0
 
