@@ -1,13 +1,13 @@
-"""The reasoning environments, and the tokenizer of the tiny policy. A task is an object with methods
+"""The reasoning environments, and the tokenizer of the tiny policy. A task has these methods:
 
-    problems(split, count, seed) -> list     up to `count` distinct ones; the splits never share one
-    prompt(problem) -> str                   the question, and the format of the answer
-    answer(text) -> str or None              what a completion answers, spelled one way: votes count it
-    reward(problem, text) -> 0.0 or 1.0      the verifier; `text` is a completion, any string at all
-    question(text) -> problem                what a person asks with --ask, or ValueError
+    problems(split, count, seed) -> list    up to `count` distinct ones; the splits never share one
+    prompt(problem) -> str                  the question, and the format of the answer
+    answer(text) -> str or None             what a completion answers, in the spelling that votes count
+    reward(problem, text) -> 0.0 or 1.0     the verifier; `text` is a completion, any string at all
+    question(text) -> problem               what a person asks with --ask, or ValueError
 
-Completions are hostile input: they are parsed, with bounds on length, depth and the size of integers,
-and never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
+Completions are hostile: they are parsed, with bounds on length, depth and the size of integers, and
+never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
 """
 
 import ast
@@ -34,15 +34,8 @@ COUNTDOWN = (
     '\nThink step by step, then end with one line "Answer: <expression>".\n',
 )
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
-WORDS = (
-    *COUNTDOWN,
-    *ARITHMETIC,
-    ANSWER,
-    YES,
-    NO,
-    ", ",
-    "none",
-)  # each is one token to the tiny policy
+# Each of these is one token to the tiny policy
+WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = (
     "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, "
@@ -99,6 +92,7 @@ def balanced(opening, closing):
 
 
 ANSWER_LINE = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*")
+INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
 BARE = r"[-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])"
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))")
 
@@ -252,9 +246,6 @@ class Countdown(Task):
         return float(any((value, sorted(integers)) == right for value, integers, _ in sides))
 
 
-LAST_INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
-
-
 class Arithmetic(Task):
     """Compute an expression of several operations."""
 
@@ -289,7 +280,7 @@ class Arithmetic(Task):
 
     def answer(self, text):
         """The integer on the answer line; without such a line the last one of the text."""
-        integers = re.findall(LAST_INTEGER, after_thought(text))
+        integers = re.findall(INTEGER, after_thought(text))
         sides = equation(extract_answer(text) or "".join(integers[-1:]))
         return next((spelling for _, _, spelling in sides if spelling.isdigit()), None)
 
@@ -301,24 +292,23 @@ class Arithmetic(Task):
 LATEX = r"""
 [−–—‒]=>-~ √=>\\sqrt~ ½=>\\frac12~ ⅓=>\\frac13~ ⅔=>\\frac23~ ¼=>\\frac14~ ¾=>\\frac34~ ∞=>\\infty~
 π=>\\pi~ θ=>\\theta~ α=>\\alpha~ β=>\\beta~ γ=>\\gamma~ λ=>\\lambda~ μ=>\\mu~ φ=>\\phi~ ω=>\\omega~
-∅=>\\emptyset~ ≤=>\\le~ ≥=>\\ge~ ≠=>\\ne~ ≈=>\\approx~ ∪=>\\cup~ ∩=>\\cap~ ∈=>\\in~ ±=>\\pm~
-[·⋅]=>\\cdot~ ×=>\\times~ [÷⁄∕]=>/ ⁰=>^0~ ¹=>^1~ ²=>^2~ ³=>^3~ ⁴=>^4~ ⁵=>^5~ ⁶=>^6~ ⁷=>^7~ ⁸=>^8~ ⁹=>^9~
-(?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+=>~ ["“”`]|^~?\*+|\*+~?$=>
-\\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\}=>"\1"
+∅=>\\emptyset~ ≤=>\\le~ ≥=>\\ge~ ≠=>\\ne~ ≈=>\\approx~ ∪=>\\cup~ ∩=>\\cap~ ∈=>\\in~ ±=>\\pm~ ×=>\\times~
+[·⋅]=>\\cdot~ [÷⁄∕]=>/ ⁰=>^0~ ¹=>^1~ ²=>^2~ ³=>^3~ ⁴=>^4~ ⁵=>^5~ ⁶=>^6~ ⁷=>^7~ ⁸=>^8~ ⁹=>^9~
+(?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+=>~ ["“”`]|^~?\*+|\*+~?$=> \{([,:])\}=>\1 \\[dtc]frac=>\\frac
+\\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\}=>"\1" \\langle=>( \\rangle=>)
 (?<!\\)\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z])=>
-(?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\}=> \{([,:])\}=>\1
-(?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°]=> \\[dtc]frac=>\\frac
-\{([^{}]*)\\over~?([^{}]*)\}=>\\frac{\1}{\2} \\frac~?([0-9])~?(?=[0-9{])=>\\frac{\1}
-(\\frac\{[^{}]*\})~?([0-9])=>\1{\2} \\(le|ge|ne)(?:q|qslant|slant)(?![a-z])=>\\\1
-\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z])=>\\\1
-\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))=>\\sqrt{\1\2} \\langle=>( \\rangle=>)
-\\varnothing|\\\{~?\\\}=>\\emptyset (?<=.)~?\\approx.*=>
-\b(?:square|sq\.?)~([A-Za-z]+)=>\1^2 \bcubic~([A-Za-z]+)=>\1^3
-,?~*"?~*(?<![A-Za-z(])(?:or|and)(?![A-Za-z])~*"?|;=>, "([^"A-Za-z]*)"=>\1
-(?<=[0-9])(?<![0-9]{4})[,~](?=[0-9]{3}(?![0-9/]))(?![^(\[{]*[)\]}])=>
+(?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\}=> \\(le|ge|ne)q(?:slant)?=>\\\1
+(?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°]=> \{([^{}]*)\\over~?([^{}]*)\}=>\\frac{\1}{\2}
+\\frac~?([0-9])~?(?=[0-9{])=>\\frac{\1} (\\frac\{[^{}]*\})~?([0-9])=>\1{\2} (?<=.)~?\\approx.*=>
+\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z])=>\\\1 \\varnothing|\\\{~?\\\}=>\\emptyset
+\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))=>\\sqrt{\1\2} "([^"A-Za-z]*)"=>\1
+\b(?:square|sq\.?)~([A-Za-z]+)=>\1^2 \bcubic~([A-Za-z]+)=>\1^3 (?<=[~"0-9}])centimet(?:er|re)s?=>cm
+(?<=[~"0-9}])(?:foot|feet)=>ft (?<=")m(?=["^])=>meter metre=>meter (?<=")hr?(?=")=>hour (?<=")s(?=")=>second
+,?~*"?~*(?<![A-Za-z(])(?:or|and)(?![A-Za-z])~*"?|;=>,
+(?<=[0-9])(?<![0-9]{4})[,~](?=[0-9]{3}(?![0-9/]))(?![^(\[{]*[)\]}])=> \.+$=>
 ~+(?![0-9A-Za-z])|(?<![0-9A-Za-z])~+|(?<=[0-9])~+(?=[A-Za-z])=> ([_^])\{(.)\}=>\1\2
 \^([0-9])\^([0-9])=>^{\1\2} \\(?:cdot|times)(?=\\sqrt|\\pi|[a-z])=> ^(.*)\\pm~?(.*)$=>\1+\2,\1-\2
-\.+$=> ^"?\(([A-J])\)"?(?=.)=>"\1"=
+^"?\(([A-J])\)"?(?=.)=>"\1"=
 """
 NUMERALS = r"""
 \\frac\{(-?[0-9]+)\}\{([0-9]+)\}=>~\1/\2 ^([+-]?)~=>\1
@@ -330,22 +320,16 @@ NUMBER = re.compile(
 )
 # A plural s is understood. A single letter may be a variable, unless it is text.
 UNITS = """
-mm cm m km centimeter centimetre meter metre kilometer inch foot feet ft yard yd mile mi acre g gram kg
-kilogram mg pound lb ounce oz ton second sec s minute min hour hr h day week month year L liter ml quart
-gallon gal pint unit degree deg radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm
-am percent people person child children man men woman women student boy girl apple orange book page car
-ball marble coin egg cookie box bag ticket game point time way number integer solution piece slice item
-tree bird cat dog fish chair table pencil pen card side edge face triangle friend bottle cup shirt flower
+mm cm m km meter kilometer inch foot ft yard yd mile mi acre g gram kg kilogram mg pound lb ounce oz ton
+second sec s minute min hour hr h day week month year L liter ml quart gallon gal pint unit degree deg
+radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm am percent people person child
+children man men woman women student boy girl apple orange book page car ball marble coin egg cookie box
+bag ticket game point time way number integer solution piece slice item tree bird cat dog fish chair card
 """
-UNIT_NAMES = """
-(?:^|(?<=kilo)|(?<=centi))met(?:er|re)=>m kilo=>k centi=>c foot|feet=>ft hour|hr=>h minute=>min
-second|sec=>s pound=>lb
-"""
-UNIT = re.compile(
-    r'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{2}))(%s)(?:e?s)?\.?"?(\^[23])?\.?"?'
-    % "|".join(UNITS.split())
-)
+UNIT = "|".join(UNITS.split())
+UNIT = rf'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{{2}}))({UNIT})(?:e?s)?\.?"?(\^[23])?\.?"?'
 TEXT = re.compile(r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_')
+worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
 INSIDE = balanced(r"(\[{", r")\]}")
 COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
 GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
@@ -368,22 +352,26 @@ def number(text):
     return str(-value if plain[0] == "-" else value)
 
 
+def numbers_first(node):
+    return "\\" in str(node), str(node)
+
+
 def parse_node(text):
     """[name, value, unit]: a number in lowest terms, text behind a quotation mark, or LaTeX. Of a list
     [name, nodes, brackets], which are {} for a set and for a bare list of anything but words."""
-    parts = COMMA.split(text)
+    found = GROUP.fullmatch(text)
+    brackets = found[1] + found[3] if found else "()" if TEXT.search(text) else "{}"
+    parts = COMMA.split(found[2] if found else text)
     if len(parts) > 1:
-        return [None, [parse_node(part) for part in parts], "()" if TEXT.search(text) else "{}"]
+        nodes = [parse_node(part) for part in parts]
+        return [None, sorted(nodes, key=numbers_first) if brackets == "{}" else nodes, brackets]
+    if found:
+        return parse_node(found[2])
     if found := NAME.match(text):
         return [found[1].rstrip('"').casefold(), *parse_node(text[found.end() :])[1:]]
-    if found := GROUP.fullmatch(text):
-        node = parse_node(found[2])
-        if COMMA.search(found[2]):
-            node[2] = found[1] + found[3]
-        return node
     unit = ""
-    if found := UNIT.fullmatch(text):
-        text, unit = found[1], rewrite(found[2], UNIT_NAMES) + (found[3] or "")
+    if found := re.fullmatch(UNIT, text):
+        text, unit = found[1], found[2] + (found[3] or "")
     if value := number(text):
         text = value
     elif TEXT.search(text):
@@ -400,8 +388,7 @@ def spell(node):
     _, value, brackets = node
     if isinstance(value, str):
         return value.lstrip('"')
-    parts = [spell(part) for part in value]
-    return brackets[0] + ", ".join(sorted(parts) if brackets == "{}" else parts) + brackets[1]
+    return brackets[0] + ", ".join(map(spell, value)) + brackets[1]
 
 
 def agree(right, answer, same):
@@ -412,19 +399,9 @@ def agree(right, answer, same):
     for one, other in ((name, other_name), (unit, other_unit)):
         if one and other and one != other:
             return False
-    if not isinstance(value, list) or not isinstance(other_value, list):
-        return same(value, other_value)
-    rest = list(other_value)
-    for part in value:
-        candidates = rest if unit == "{}" else rest[:1]
-        found = [other for other in candidates if agree(part, other, same)]
-        if not found:
-            return False
-        rest.remove(found[0])
-    return not rest
-
-
-worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
+    if isinstance(value, list) and len(value) == len(other_value):
+        return all(agree(*pair, same) for pair in zip(value, other_value))
+    return same(value, other_value)
 
 
 @functools.lru_cache(maxsize=100_000)  # the completions of a problem mostly agree
@@ -544,8 +521,7 @@ class Math:
         return {"problem": text, "answer": ""}
 
     def prompt(self, problem):
-        end = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
-        return problem["problem"] + end
+        return problem["problem"] + "\n\nReason step by step, and answer with \\boxed{}.\n"
 
     def answer(self, text):
         return spell(parse_answer(final_answer(text))) or None
