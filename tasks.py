@@ -47,7 +47,7 @@ AGGREGATE = (
 TABLES = Path(__file__).with_name("spellings.txt").read_text("utf-8")
 EXPRESSION, LATEX, NUMERALS, UNITS = TABLES.split("\n\n")
 SPLITS = ("test", "validation", *["train"] * 8)
-MAX_ANSWER, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 20, 20_000, 3
+MAX_ANSWER, MAX_DEPTH, MAX_TEXT, MAX_SECONDS = 200, 20, 20_000, 3
 
 
 class TinyTokenizer:
@@ -101,7 +101,7 @@ BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))
 
 
 def after_thought(text):
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    return text.rpartition("</think>")[2].partition("<think>")[0][-MAX_TEXT:]
 
 
 def extract_answer(text):
@@ -292,7 +292,7 @@ INSIDE = balanced(r"(\[{", r")\]}")
 COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
 GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
 NAME = re.compile(
-    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
+    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+(?![a-z])|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
     r"|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)"
 )
 
@@ -311,8 +311,8 @@ def number(text):
 
 
 def parse(text, table=LATEX):
-    """[name, value, unit], where a value is a number, text behind a quotation mark, or LaTeX; of lists
-    [name, nodes, brackets]: {} of a set and of a bare list of anything but words."""
+    """[name, value, unit] with a number, text behind a quotation mark, or LaTeX as value. Of a list
+    [name, nodes, brackets]: {} of a set, and of a bare list of anything but words."""
     text = rewrite(text, table)
     found = GROUP.fullmatch(text)
     brackets = found[1] + found[3] if found else "()" if TEXT.search(text) else "{}"
@@ -429,8 +429,8 @@ def serve():
 
 
 class Math:
-    """Problems from a file of JSON objects, one a line: {"problem": text, "answer": text or number} and
-    perhaps a "split" (else a checksum decides). Of equal problems the first counts."""
+    """Problems from a file of JSON objects, one a line: {"problem": text, "answer": text or number},
+    perhaps with a "split" (else a checksum decides). Of equal problems the first counts."""
 
     def __init__(self, path=""):
         self.path, self.rows = path, {}
@@ -452,7 +452,7 @@ class Math:
             raise ValueError("not a JSON object")
         if type(row.get("answer")) is int:
             row["answer"] = str(row["answer"])
-        for name, limit in (("problem", MAX_PROBLEM), ("answer", MAX_ANSWER)):
+        for name, limit in (("problem", MAX_TEXT), ("answer", MAX_ANSWER)):
             text = row.get(name)
             if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
                 raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')

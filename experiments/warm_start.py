@@ -104,8 +104,8 @@ def candidates(task, problem, rng, skill, noise):
 
 
 def document(task, problem, tokenizer, rng, role, skill, noise):
-    """One demonstration: (tokens, weight of each in the loss): 0 of the problem, 0.3 of what else is
-    read, 1 of what the role writes."""
+    """One demonstration: (tokens, weight of each in the loss): 0 of the problem, 0.3 of what is
+    read beside it, 1 of what the role writes."""
     prompt = task.prompt(problem)
     start = read = tokenizer.chat(prompt)
     if role == "search":
