@@ -429,7 +429,7 @@ def serve():
 
 
 class Math:
-    """Problems from a file of JSON objects, one a line: {"problem": text, "answer": text or number},
+    """Problems from a file with a JSON object a line: {"problem": text, "answer": text or number},
     perhaps with a "split" (else a checksum decides). Of equal problems the first counts."""
 
     def __init__(self, path=""):
