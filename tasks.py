@@ -35,8 +35,7 @@ COUNTDOWN = (
     '\nThink step by step, then end with one line "Answer: <expression>".\n',
 )
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
-# Each of these is one token to the tiny policy
-WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")
+WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")  # each is one token
 MATH = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = (
@@ -166,8 +165,7 @@ def write(left, operator, right):
     return first + operator + second, mine
 
 
-def split_of(text):
-    """The split a problem belongs to for ever, by a checksum."""
+def split_of(text):  # by a checksum, for ever
     return SPLITS[zlib.crc32(text.encode()) % 10]
 
 
@@ -225,8 +223,7 @@ class Countdown(Task):  # reach a target with each given number used exactly onc
 
     def prompt(self, problem):
         numbers, target, end = COUNTDOWN
-        given = " ".join(map(str, problem["numbers"]))
-        return f"{numbers}{given}{target}{problem['target']}{end}"
+        return f"{numbers}{' '.join(map(str, problem['numbers']))}{target}{problem['target']}{end}"
 
     def answer(self, text):
         """Of `3*7+5 = 21+5 = 26` the side with the most numbers, 3*7+5."""
@@ -408,8 +405,7 @@ def exact_library():
 
 
 def serve():
-    """The worker: a line 1 or 0 for each line [right, answer] of standard input. When a pair takes
-    too long the kernel's alarm ends the process, also when a thread asks or the parent is gone."""
+    """The worker: 1 or 0 for each line [right, answer]. An alarm ends it when a pair takes long."""
     import resource  # not on Windows, where the alarm is missing as well
 
     replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
@@ -429,22 +425,19 @@ def serve():
 
 
 class Math:
-    """Problems from a file with a JSON object a line: {"problem": text, "answer": text or number},
-    perhaps with a "split" (else a checksum decides). Of equal problems the first counts."""
+    """Problems of a JSONL file; a checksum decides on the split, unless a row does."""
 
     def __init__(self, path=""):
         self.path, self.rows = path, {}
-        if not path:  # for `question` alone
-            return
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if line.strip():
-                        row = self.row(line)
-                        self.rows.setdefault(row["problem"], row)
-                except (ValueError, RecursionError) as error:
-                    reason = getattr(error, "msg", error)
-                    raise ValueError(f"{path} line {number}: {reason}") from None
+        lines = Path(path).read_bytes().split(b"\n") if path else []  # none: for `question` alone
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    row = self.row(line)
+                    self.rows.setdefault(row["problem"], row)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise ValueError(f"{path} line {number}: {reason}") from None
 
     def row(self, line):
         row = json.loads(line, parse_float=str)  # 0.10 stays as it is written
@@ -464,8 +457,8 @@ class Math:
     def problems(self, split, count, seed):
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
-            where = f'in the split "{split}", of {len(self.rows)} in all'
-            raise ValueError(f"--data {self.path} has no problem {where}")
+            part = f'in the split "{split}", of {len(self.rows)} in all'
+            raise ValueError(f"--data {self.path} has no problem {part}")
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 

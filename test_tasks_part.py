@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -38,13 +37,22 @@ def test_tiny_tokenizer_round_trips_any_text_and_keeps_integers_whole():
     assert all(len(tokenizer.encode(word)) == 1 for word in (*map(str, range(1000)), *tasks.WORDS))
     assert tokenizer.encode("12 345: yes\n1234") == [268, 32, 601, 262, 379, 52]
     assert (tokenizer.size, tokenizer.eos_id) == (1275, 1274)
-    pieces = [*tasks.WORDS, *tokenizer.markers, "<end>", "007", "1234567", "é", "🙂", "\0", "\r\n"]
+    pieces = [
+        *tasks.WORDS,
+        *tokenizer.markers,
+        "<end>",
+        "007",
+        "1234567",
+        "é",
+        "🙂",
+        "\0",
+        "\ud7ff",
+    ]
     for _ in range(300):
-        text = "".join(rng.choice([*pieces, chr(rng.randrange(0xD800))]) for _ in range(20))
+        text = "".join(rng.choices(pieces, k=20))
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == text and max(tokens) < tokenizer.eos_id - 18
-    marked = tokenizer.chat("<candidate 1>\n" + tasks.AGGREGATE)
-    assert len(marked) == 2 and tasks.ANSWER.strip() not in tasks.AGGREGATE
+    assert len(tokenizer.chat("<candidate 1>\n" + tasks.AGGREGATE)) == 2
 
 
 # ---- Generated tasks ----
@@ -154,13 +162,20 @@ def test_hostile_answers_are_worth_nothing_at_once(body, no_library):
 
 def test_fuzzed_completions_get_a_reward_of_zero_or_one(no_library):
     rng, rewards = random.Random(0), Counter()
-    pieces = [*"0123456789+-*/()^_={}[],;:.$ \n\\", "3*7+5", "26", "Answer: ", "**", "×", "٣"]
-    pieces += ["\ud800", "none", "9" * 50, "(" * 30, r"\frac", r"\text{x}"]
+    pieces = [
+        *"0123456789+-*/()^_={}[],;:.$ \n\\×٣",
+        "3*7+5",
+        "26",
+        "Answer: ",
+        "**",
+        "none",
+        r"\frac",
+    ]
+    starts, tasked = ("", "Answer: ", r"\boxed{", "Answer: 26"), (COUNTDOWN, ARITHMETIC, MATH)
     for _ in range(5000):
-        text = "".join(rng.choices(pieces, k=rng.randrange(25)))
-        text = rng.choice(["", "Answer: ", r"\boxed{", "Answer: 26"]) + text + rng.choice(["", "}"])
-        for task, problem in ((COUNTDOWN, REACH_26), (ARITHMETIC, IS_26), (MATH, {"answer": "26"})):
-            reward = task.reward(problem, text)
+        text = rng.choice(starts) + "".join(rng.choices(pieces, k=rng.randrange(25))) + "}"
+        for task in tasked:
+            reward = task.reward({**REACH_26, **IS_26, "answer": "26"}, text)
             rewards[reward] += 1
             assert reward == 0.0 or task.answer(text)
     assert set(rewards) == {0.0, 1.0}
@@ -361,20 +376,16 @@ def test_math_needs_its_file_and_only_math_takes_one(tmp_path):
 
 def test_math_splits_by_checksum_or_by_the_row(tmp_path):
     rows = [{"problem": f"{i}+1?", "answer": i + 1} for i in range(1000)]
-    task = tasks.Math(jsonl(tmp_path / "p.jsonl", *rows))
-    found = {split: task.problems(split, 8000, 0) for split in ("train", "validation", "test")}
-    assert sorted(map(len, found.values())) == sorted(
-        Counter(map(tasks.split_of, task.rows)).values()
-    )
-    for split, problems in found.items():
-        again = task.problems(split, 8000, 1)
-        assert problems[:20] == task.problems(split, 20, 0) and problems != again
-        assert {row["problem"] for row in problems} == {row["problem"] for row in again}
-    own = tasks.Math(
-        jsonl(tmp_path / "own.jsonl", *({**row, "split": "test"} for row in rows[:50]))
-    )
-    assert len(own.problems("test", 200, 0)) == 50
-    with pytest.raises(ValueError, match='own.jsonl has no problem in the split "train", of 50'):
+    task, found = tasks.Math(jsonl(tmp_path / "p.jsonl", *rows)), []
+    for split in ("train", "validation", "test"):
+        zero, one = (task.problems(split, 8000, seed) for seed in (0, 1))
+        assert zero != one and zero[:20] == task.problems(split, 20, 0)
+        assert {row["split"] for row in [*zero, *one]} == {split}
+        found += zero
+    assert sorted(row["answer"] for row in found) == sorted(str(i + 1) for i in range(1000))
+    own = tasks.Math(jsonl(tmp_path / "own.jsonl", {**ROW, "split": "test"}))
+    assert len(own.problems("test", 200, 0)) == 1
+    with pytest.raises(ValueError, match='own.jsonl has no problem in the split "train", of 1'):
         own.problems("train", 1, 0)
 
 
@@ -459,19 +470,21 @@ os.kill(os.getpid(), 9)"""
     raise AssertionError("the worker is still there")
 
 
+README_ROWS = r"""
+{"question": "How many?", "answer": "3*4=<<3*4=12>>12\n#### 1,200"}
+{"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1"}
+{"problem": "Root?", "answer": "2\\sqrt{3}", "difficulty": "3/8"}
+"""
+
+
 def test_the_readme_converts_each_data_set(tmp_path):
-    rows = {
-        "gsm8k": {"question": "How many?", "answer": "3*4=<<3*4=12>>12\n#### 1,200"},
-        "math": {"problem": "Half?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "1"},
-        "polaris": {"problem": "Root?", "answer": r"2\sqrt{3}", "difficulty": "3/8"},
-    }
     texts = (HERE / "README.md").read_text() + (HERE / "experiments/README.md").read_text()
     commands = [line for line in texts.splitlines() if line.startswith("python -c")]
+    sets = zip(("gsm8k", "math", "polaris"), README_ROWS.strip().splitlines(), strict=True)
     answers = ("1200", "1/2", r"2\sqrt{3}")
-    for name, command, answer in zip(rows, commands, answers, strict=True):
-        jsonl(tmp_path / f"{name}.jsonl", rows[name])
-        command = command.replace("python", shlex.quote(sys.executable), 1)
-        environment = {**os.environ, "PYTHONPATH": str(HERE)}
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
+    for (name, row), command, answer in zip(sets, commands, answers, strict=True):
+        jsonl(tmp_path / f"{name}.jsonl", row)
+        command = command.replace("python", f"PYTHONPATH={HERE} {sys.executable}", 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
         (problem,) = tasks.Math(tmp_path / "problems.jsonl").rows.values()
-        assert is_right(problem["answer"], answer) and problem["problem"] in rows[name].values()
+        assert is_right(problem["answer"], answer) and problem["problem"] in row
