@@ -31,7 +31,7 @@ def countdown_trace(task, problem, rng, skill):
     """Up to 3 attempts, each checked. `skill`: chance that an attempt is a solution. One in ten of
     the wrong ones is bent to fit (its last result, or the numbers) and believed."""
     text, target = "", problem["target"]
-    for _ in range(rng.choice((1, 2, 3))):
+    for _ in range(rng.randint(1, 3)):
         steps, expression, value = problem["steps"], problem["solution"], target
         if rng.random() >= skill:
             numbers, bent = list(problem["numbers"]), rng.random() < 0.1
@@ -50,7 +50,7 @@ def countdown_trace(task, problem, rng, skill):
 def arithmetic_trace(task, problem, rng, slip):
     """Work through the steps, each wrong with probability `slip`, until two attempts agree."""
     text, results = "", []
-    for _ in range(rng.choice((1, 2, 3))):
+    for _ in range(rng.randint(1, 3)):
         steps, believed = [], {}  # what this attempt believes each true result to be
         for a, operator, b in problem["steps"]:
             true = tasks.apply(a, operator, b, task.max_value)
