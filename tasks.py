@@ -268,7 +268,8 @@ class Arithmetic(Task):  # compute an expression of several operations
 
     def answer(self, text):
         """The integer on the answer line; without such a line the last one of the text."""
-        integers = re.findall(INTEGER, after_thought(text))
+        text = after_thought(text)
+        integers = [] if ANSWER_LINE.search(text) else re.findall(INTEGER, text)
         sides = equation(extract_answer(text) or "".join(integers[-1:]))
         return next((spelling for _, _, spelling in sides if spelling.isdigit()), None)
 
@@ -458,7 +459,7 @@ class Math:
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
             part = f'in the split "{split}", of {len(self.rows)} in all'
-            raise ValueError(f"--data {self.path} has no problem {part}")
+            raise ValueError(f"task math: --data {self.path or '(none)'} has no problem {part}")
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 
