@@ -117,7 +117,7 @@ Answer: \(1021\)|Final answer: 1{,}021|So it is 1,021.|1000 + 21 = 1021|<think>A
 """
 WRONG_1021 = r"""
 Answer: -1021|Answer: 1021.5|−1021|It is 1021.5|Answer: 1021 or 1022|Answer: 1020+1|10,21|1021x1
-<think>1021|<think>Answer: 1021|1021 Answer:|1021, no, 7|Answer: 1021 = 1022|Answer: 10 21|Answer: ١٠٢١
+<think>1021|<think>Answer: 1021|1021 Answer:|1021, no 7|1021 = 1022|Answer: 10 21|Answer: ١٠٢١
 """
 
 
