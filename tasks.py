@@ -43,7 +43,7 @@ AGGREGATE = (
     "right, settle their disagreements, and if all are wrong try another way. Then end with the "
     "answer in the format asked for.\n"
 )
-TABLES = Path(__file__).with_name("spellings.txt").read_text("utf-8")
+TABLES = Path(__file__).with_name("experiments").joinpath("spellings.txt").read_text("utf-8")
 EXPRESSION, LATEX, NUMERALS, UNITS = TABLES.split("\n\n")
 SPLITS = ("test", "validation", *["train"] * 8)
 MAX_ANSWER, MAX_DEPTH, MAX_TEXT, MAX_SECONDS = 200, 20, 20_000, 3
