@@ -19,6 +19,7 @@ or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, roll
 
 import collections
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,86 +51,79 @@ import tasks
 # ---- Config: every field is a command line option, num_traces is --num-traces ----
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Config:
-    algo: Literal["spiral", "grpo"] = option("spiral", "grpo: traces alone, by their own rewards")
-    search_credit: Literal["set", "trace", "pass", "curve"] = option("set", "see search_credit()")
-    task: str = option("countdown", 'or arithmetic, math, "countdown:numbers=4,high=30"')
-    data: str = option("", 'for --task math: a JSONL of {"problem": ..., "answer": ...}')
-    model: str = option("tiny", "tiny (shipped), a folder in Hugging Face format, or a hub id")
-    out: str = option("", "folder of the run, resumed if it holds one (runs/ALGO-TASK-SEED)")
-    seed: int = option(0, "fixes problems, traces and sets")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    algo: Literal["spiral", "grpo"] = "spiral"  # grpo: traces alone, by their own rewards
+    search_credit: Literal["set", "trace", "pass", "curve"] = "set"  # see search_credit()
+    task: str = "countdown"  # or arithmetic, math, "countdown:numbers=4,high=30"
+    data: str = ""  # for math: a JSONL of {"problem": ..., "answer": ...}
+    model: str = "tiny"  # shipped; or a folder in Hugging Face format, or a hub id
+    out: str = ""  # folder of the run, resumed if it holds one; default runs/ALGO-TASK-SEED
+    seed: int = 0  # fixes problems, traces and sets
+    device: str = "auto"  # cpu, cuda, cuda:1 ...
     # The four sizes, and the estimator (paper.md sections 2 to 8)
-    num_traces: int = option(8, "N1: search traces per problem")
-    set_size: int = option(4, "n: traces in a set")
-    num_sets: int = option(4, "K: sets per problem")
-    num_aggregations: int = option(4, "N2: aggregation traces per set")
-    balanced: bool = option(True, "every trace in equally many sets; off: sets drawn uniformly")
-    published: bool = option(False, "the paper's self-inclusive baselines, not leave-one-out")
-    search_weight: float = option(1.0, "weight of the search term; 1: the exact joint gradient")
-    lattice: bool = option(False, "a problem's training traces don't repeat: see draw_uniforms()")
+    num_traces: int = 8  # N1: search traces per problem
+    set_size: int = 4  # n: traces in a set
+    num_sets: int = 4  # K: sets per problem
+    num_aggregations: int = 4  # N2: aggregation traces per set
+    balanced: bool = True  # every trace in equally many sets; off: sets drawn uniformly
+    published: bool = False  # the paper's self-inclusive baselines, not leave-one-out
+    search_weight: float = 1.0  # of the search term; 1 is the exact joint gradient
+    lattice: bool = False  # training traces of a problem don't repeat: see draw_uniforms()
     # Training
-    steps: int = option(30, "training steps; 0: evaluate only")
-    problems: int = option(16, "problems per step with an advantage that is not zero")
-    max_draws: int = option(2, "draw at most this many times `problems` to find them")
-    train_problems: int = option(8000, "at most this many training problems")
-    updates: int = option(1, "optimizer updates per rollout; 1 is plain REINFORCE")
-    clip: float = option(0.2, "clip range of the importance ratio; matters when updates > 1")
-    target_length: int = option(0, "L_target: longer ones get no positive advantage; 0: off")
-    lr: float = option(1e-4, "learning rate of AdamW, constant after 5 steps of warm-up")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    temperature: float = option(1.0, "of all sampling, and of the log-probs in the loss")
-    max_prompt_tokens: int = option(1024, "longest aggregation prompt; candidates are cut to fit")
-    max_trace_tokens: int = option(80, "longest search trace")
-    max_aggregation_tokens: int = option(96, "longest aggregation trace")
-    rows: int = option(512, "completions decoded at a time, and a quarter as many prompts held")
-    micro_batch_tokens: int = option(8192, "tokens per forward and backward pass")
-    gradient_checkpointing: bool = option(False, "less memory, more time")
-    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of weights; auto: bf16 on a GPU")
-    lora_rank: int = option(0, "train LoRA adapters of this rank (peft); 0: all weights")
+    steps: int = 30  # training steps; 0: evaluate only
+    problems: int = 16  # problems per step with an advantage that is not zero
+    max_draws: int = 2  # draw at most this many times `problems` to find them
+    train_problems: int = 8000  # at most so many, shuffled every time through
+    updates: int = 1  # optimizer updates per rollout; 1 is plain REINFORCE
+    clip: float = 0.2  # of the importance ratio; matters when updates > 1
+    target_length: int = 0  # L_target: longer ones get no positive advantage; 0: off
+    lr: float = 1e-4  # learning rate of AdamW, constant after 5 steps of warm-up
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    temperature: float = 1.0  # of all sampling, and of the log-probs in the loss
+    max_prompt_tokens: int = 512  # longest aggregation prompt; candidates are cut to fit
+    max_trace_tokens: int = 80  # longest search trace
+    max_aggregation_tokens: int = 96  # longest aggregation trace
+    rows: int = 512  # completions decoded at a time, and a quarter as many prompts held
+    micro_batch_tokens: int = 8192  # tokens per forward and backward pass
+    gradient_checkpointing: bool = False  # less memory, more time
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bf16 trains fp32 copies
+    lora_rank: int = 0  # train LoRA adapters of this rank (peft); 0: all weights
     # Evaluation, use and records
-    eval_problems: int = option(200, "held-out problems of the table; 0: no evaluation")
-    eval_split: Literal["test", "validation"] = option("test", "validation: to choose settings")
-    eval_traces: int = option(16, "traces per held-out problem")
-    rsa_steps: int = option(2, "steps of recursive self-aggregation")
-    population: int = option(8, "population of recursive self-aggregation")
-    save_every: int = option(10, "steps between checkpoints, and between printed transcripts")
-    ask: str = option("", 'answer this and stop: "4 9 13 61" to reach 61 with 4, 9 and 13')
+    eval_problems: int = 200  # held-out problems of the table; 0: no evaluation
+    eval_traces: int = 16  # traces per held-out problem
+    rsa_steps: int = 2  # steps of recursive self-aggregation
+    population: int = 8  # of recursive self-aggregation
+    save_every: int = 10  # steps between checkpoints, and between printed transcripts
+    ask: str = ""  # answer this and stop: "4 9 13 61" to reach 61 with 4, 9 and 13
 
     def __post_init__(self):
         """Raises AssertionError or ValueError: one line that says what to change."""
-        zero_is_fine = "seed search_weight steps target_length lora_rank eval_problems rsa_steps"
-        for name, value in vars(self).items():
-            if type(value) in (int, float):
-                fine = 0 <= value < 2**31 and (value or name in zero_is_fine.split())
-                assert fine, f"--{name.replace('_', '-')} {value}: out of range"
-        assert min(self.num_traces, self.num_aggregations) > 1, "a baseline takes 2 or more of each"
-        enough = self.num_sets > 1 and self.num_traces > self.set_size
-        assert enough, (
-            "--search-credit compares 2 sets or more, and traces in with traces out of them"
-        )
-        fits = self.eval_traces % self.set_size == self.eval_traces % self.population == 0
-        assert fits, "--eval-traces must be a multiple of --set-size and of --population"
-        assert self.set_size <= self.population, "--population must be --set-size at least"
+        for name, x in vars(self).items():
+            fine = not isinstance(x, (int, float)) or 0 <= x < 2**31
+            assert fine, f"--{name.replace('_', '-')} {x}: out of range"
+        positive = self.problems * self.max_draws * self.save_every * self.population
+        assert positive, "--problems, --max-draws, --save-every, --population: must be above 0"
+        several = min(self.num_traces, self.num_aggregations, self.num_sets) > 1
+        assert several, "--num-traces, --num-sets, --num-aggregations: a baseline takes 2 or more"
         draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
+        assert self.set_size < self.num_traces, "--set-size must be below --num-traces"
+        whole = self.eval_traces % self.set_size == self.eval_traces % self.population == 0
+        assert whole, "--eval-traces must be a multiple of --set-size and of --population"
+        assert self.set_size <= self.population, "--population must be --set-size at least"
         pick_device(self.device)
 
 
 def pick_device(name):
-    """torch.device of a name; "auto" is cuda when there is one. Raises ValueError if not there."""
+    """torch.device of a name; "auto" is cuda when there is one. Raises AssertionError if not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: not here ({str(error).splitlines()[0]})") from None
+    except RuntimeError as error:
+        raise AssertionError(f"--device {name}: {error}") from None
 
 
 # ---- Processes of torchrun: each holds the whole model and takes its share of the problems ----
@@ -147,11 +141,6 @@ def add_up(tensor):
     return tensor
 
 
-def say(*lines):
-    if world()[0] == 0:
-        print(*lines, sep="\n", flush=True)
-
-
 # ---- Policy: a causal language model. Both roles share it; only the prompt differs ----
 
 TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
@@ -166,16 +155,15 @@ class HubTokenizer:
             listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
             listed = settings.eos_token_id
-        listed = listed if isinstance(listed, list) else [listed]
-        self.eos_ids = {self.hf.eos_token_id, *listed} - {None}
-        special = [token for token in self.hf.added_tokens_decoder.values() if token.special]
-        self.markers = [m for m in {*self.hf.all_special_tokens, *map(str, special)} if m.strip()]
+        self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(listed).tolist()} - {None}
+        added = [str(x) for x in self.hf.added_tokens_decoder.values() if x.special]
+        self.markers = [x for x in {*added, *self.hf.all_special_tokens} if x.strip()]
         try:
             heard = self.chat("one") != self.chat("two")
         except Exception as error:  # a template is somebody else's program
             raise ValueError(f"{path}: its chat template fails: {error}") from None
-        if not self.eos_ids or not heard:
-            raise ValueError(f"{path}: no end-of-sequence token, or a template without the message")
+        assert heard, f"{path}: its chat template leaves out the user's message"
+        assert self.eos_ids, f"{path} names no end-of-sequence token"
 
     def encode(self, text):
         return self.hf.encode(text, add_special_tokens=False)
@@ -204,10 +192,9 @@ class Policy:
 def load_tokenizer(name):
     """(path, settings, tokenizer) of a model, without its weights."""
     path = TINY if name == "tiny" else Path(name)
-    path = path.resolve() if path.is_dir() else name  # adapters remember it
-    adapters = Path(path) / "adapter_config.json"  # a checkpoint of a LoRA run has these alone
-    base = path
-    if adapters.exists():
+    path = base = path.resolve() if path.is_dir() else name  # whole: adapters remember it
+    adapters = Path(path) / "adapter_config.json"
+    if adapters.exists():  # a checkpoint of a LoRA run, which has these alone
         base = json.loads(adapters.read_text())["base_model_name_or_path"]
         assert base, f"{adapters} names no base model"
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -219,40 +206,31 @@ def load_policy(config):
     """The policy that config.model names, with its adapters or all its weights trainable. Raises
     ValueError or OSError when there is none, or when its attention isn't plain and causal."""
     path, settings, tokenizer = load_tokenizer(config.model)
-    device = pick_device(config.device)
-    bf16 = device.type == "cuda" if config.dtype == "auto" else config.dtype == "bf16"
     longest = max(config.max_trace_tokens, config.max_aggregation_tokens)
-    needed, limit = (
-        config.max_prompt_tokens + longest,
-        settings.get_text_config().max_position_embeddings,
-    )
-    assert needed <= limit, f"prompt and completion need {needed} positions, {path} has {limit}"
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        attn_implementation="eager",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    if config.lora_rank and not getattr(model, "peft_config", None):  # a checkpoint has its own
+    most = settings.get_text_config().max_position_embeddings
+    assert config.max_prompt_tokens + longest <= most, f"prompt and completion exceed {most} tokens"
+    how = {"attn_implementation": "eager", "use_safetensors": True, "trust_remote_code": False}
+    dtype = getattr(torch, config.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
+    adapted = getattr(model, "peft_config", None)  # a checkpoint of a LoRA run
+    if config.lora_rank and not adapted:
         from peft import LoraConfig
 
         torch.manual_seed(config.seed)  # the same adapters in every process
-        rank = config.lora_rank
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    frozen = bool(getattr(model, "peft_config", None))
+        adapted = LoraConfig(r=config.lora_rank, target_modules="all-linear")
+        adapted.lora_alpha = 2 * config.lora_rank
+        model.add_adapter(adapted)
     for name, parameter in model.named_parameters():
         # Views into a file are aligned otherwise than fresh memory, and then round otherwise
         parameter.data = parameter.data.clone()
-        parameter.requires_grad = "lora_" in name or not frozen
-    model = model.eval().to(device)  # eval for good: no dropout
+        parameter.requires_grad = "lora_" in name or not adapted
+    model = model.eval().to(pick_device(config.device))  # eval for good: no dropout
     use_our_attention(model, path)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
-    memory = Memory(model, config.rows, config.max_prompt_tokens, longest)
-    return Policy(model, tokenizer, memory)
+    return Policy(model, tokenizer, Memory(model, config.rows, config.max_prompt_tokens, longest))
 
 
 def attention(module, query, key, value, mask, scaling=None, attend=None, **kwargs):
@@ -265,8 +243,8 @@ def attention(module, query, key, value, mask, scaling=None, attend=None, **kwar
 AttentionInterface.register("spiral", attention)  # a name for transformers, nothing more
 
 
-def causal_attention(query, key, value, scaling, bias=None):
-    """Queries attend to keys up to their place, or as the additive `bias` [T, S] says."""
+def causal_attention(layer, query, key, value, scaling, bias=None):
+    """The `attend` of whole sequences: to all up to one's place, or as the additive bias [T, S] says."""
     how = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     out = F.scaled_dot_product_attention(query, key, value, bias, is_causal=bias is None, **how)
     return out.transpose(1, 2)
@@ -275,21 +253,19 @@ def causal_attention(query, key, value, scaling, bias=None):
 def use_our_attention(model, path):
     """Raises ValueError unless the model then computes what it did before."""
     settings = model.config.get_text_config().to_dict()
-    window = settings.get("sliding_window") and settings.get("use_sliding_window", True)
-    capped = settings.get("attn_logit_softcapping") or settings.get("final_logit_softcapping")
-    kinds = set(settings.get("layer_types") or []) - {"full_attention"}
-    tokens, layers = torch.arange(4, device=model.device)[None], []
+    special = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    plain = not any(settings.get(name) for name in special)
+    tokens, seen = torch.arange(4, device=model.device)[None], []
 
-    def attend(layer, *rest):
-        layers.append(layer)
-        return causal_attention(*rest)
+    def attend(*arguments):
+        seen.append(arguments)
+        return causal_attention(*arguments)
 
     with torch.no_grad():
         expected = model(tokens).logits.float()
         model.set_attn_implementation("spiral")
         logits = head(model, hidden_states(model, tokens, tokens, attend), 1.0)
-    same = layers and torch.allclose(logits, expected, rtol=1e-2, atol=1e-2)
-    if window or capped or kinds or not same:
+    if not plain or not seen or not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
         raise ValueError(f"{path}: only models with plain causal attention work here")
 
 
@@ -300,8 +276,8 @@ def hidden_states(model, tokens, positions, attend):
 
 
 def head(model, hidden, temperature):
-    """Logits at `temperature`, fp32 [..., V]."""
-    return model.get_output_embeddings()(hidden).float() / temperature
+    """Logits at `temperature`, fp32 [..., V]. Temperature 0 is greedy: all probability on one token."""
+    return model.get_output_embeddings()(hidden).float() / max(temperature, 1e-6)
 
 
 # ---- Sampler: Python decides which rows run, tensors compute. Each prompt is prefilled and held once,
@@ -313,6 +289,7 @@ class Completion:
     """A trace or an aggregation; while it is sampled, a row of the batch."""
 
     prompt: int  # which one of the call
+    place: int  # among the prompt's completions
     uniforms: list  # one a token
     code: float  # see draw_tokens()
     tokens: list = field(default_factory=list)  # up to and including EOS
@@ -330,9 +307,9 @@ class Memory:
 
     def __init__(self, model, rows, prompt_tokens, new_tokens):
         settings = model.config.get_text_config()
-        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-        width = settings.hidden_size // settings.num_attention_heads
-        width = getattr(settings, "head_dim", None) or width
+        queries = settings.num_attention_heads
+        heads = getattr(settings, "num_key_value_heads", queries)
+        width = getattr(settings, "head_dim", settings.hidden_size // queries)
         pairs = settings.num_hidden_layers, 2  # keys, values
         zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
         self.prompts = zeros(*pairs, rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
@@ -368,17 +345,16 @@ def draw_tokens(logits, codes):
 
 def prefill(policy, prompts, first):
     """Runs prompts (token lists), once each, into the places of memory from `first` on."""
-    rows = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True).to(policy.model.device)  # [U, L]
+    tokens = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
+    tokens = pad_sequence(tokens, batch_first=True).to(policy.model.device)  # [U, L]
     places = policy.memory.prompts[:, :, first : first + len(prompts), :, : tokens.shape[1]]
 
     def attend(layer, query, key, value, scaling):
-        places[layer, 0] = key
-        places[layer, 1] = value
-        return causal_attention(query, key, value, scaling)  # pads come last: nobody sees them
+        places[layer] = torch.stack([key, value])
+        return causal_attention(layer, query, key, value, scaling)  # pads come last: unseen
 
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    hidden_states(policy.model, tokens, positions, attend)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    hidden_states(policy.model, tokens, positions[None], attend)
 
 
 def decode_attention(prompts, own, slots, places, steps, bias):
@@ -401,14 +377,13 @@ def decode_attention(prompts, own, slots, places, steps, bias):
         keys, values = own[layer]  # [B, kv, T, D]
         keys[rows, :, steps] = key[:, :, 0]
         values[rows, :, steps] = value[:, :, 0]
-        width = query.shape[-1]
-        query = query.view(len(rows), keys.shape[1], -1, width)  # [B, kv, G, D]: G share a key
-        query = query * (width**-0.5 if scaling is None else scaling)
-        scores = [collect(spread(query) @ prompt_keys.mT), query @ keys.mT]  # of prompt and own
+        query = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0]  # [B, kv, G, D]: G share a key
+        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = [collect(spread(query) @ prompt_keys.mT), query @ keys.mT]  # of prompt, own
         weights = (torch.cat(scores, -1) + bias).softmax(-1, torch.float32).to(values.dtype)
         of_prompt, of_own = weights.split([prompts.shape[4], own.shape[4]], -1)
         mixed = collect(spread(of_prompt) @ prompt_values) + of_own @ values  # [B, kv, G, D]
-        return mixed.reshape(len(rows), 1, -1, width)
+        return mixed.flatten(1, 2)[:, None]
 
     return attend
 
@@ -421,16 +396,13 @@ def decode_step(policy, inputs, shape, temperature):
     tokens, steps, lengths, slots = inputs[:4].long()
     held = policy.memory.prompts[:, :, :prompts, :, :before]
     own = policy.memory.own[:, :, : len(slots), :, :columns]
-    index = torch.arange(max(before, columns), device=inputs.device)
-    seen = index[: held.shape[4]] < lengths[:, None], index[: own.shape[4]] <= steps[:, None]
-    bias = torch.where(torch.cat(seen, 1), 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
+    index = torch.arange(before + columns, device=inputs.device)
+    unseen = index[: held.shape[4]] >= lengths[:, None], index[: own.shape[4]] > steps[:, None]
+    bias = torch.where(torch.cat(unseen, 1), -math.inf, 0.0)[:, None, None]  # [B, 1, 1, L + T]
     attend = decode_attention(held, own, slots, places, steps, bias)
     hidden = hidden_states(policy.model, tokens[:, None], (lengths + steps)[:, None], attend)
-    logits = head(policy.model, hidden[:, 0], temperature or 1.0)  # [B, V]
-    tokens, logprobs, left = draw_tokens(logits, inputs[4])
-    if temperature == 0:  # greedy: a point mass, of log-prob 0
-        tokens, logprobs = logits.argmax(-1), torch.zeros_like(logprobs)
-    return torch.stack([tokens.double(), logprobs.double(), left])
+    logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
+    return torch.stack([x.double() for x in draw_tokens(logits, inputs[4])])
 
 
 def bucket(n):
@@ -447,7 +419,7 @@ def replay(policy, inputs, shape, temperature):
     static = memory.inputs[:, : bucket(rows)].zero_()
     static[3] = -1  # its last slot
     static[:, :rows] = inputs
-    key = static.shape[1], shape, temperature
+    key = *static.shape, *shape, temperature
     if key not in memory.graphs:
         decode_step(policy, static, shape, temperature)  # plainly, which warms up
         graph = torch.cuda.CUDAGraph()
@@ -459,22 +431,17 @@ def replay(policy, inputs, shape, temperature):
     return outputs[:, :rows]
 
 
-def decode(policy, active, held, prompts, temperature, lattice):
+def decode(policy, active, held, prompts, places, temperature, lattice):
     """A token for each of the `active` rows. held: which of the `prompts` lies where in memory."""
-    place = {prompt: i for i, prompt in enumerate(held)}
-    unseen = collections.Counter(row.prompt for row in active)
-    places = max(unseen.values())
     inputs = []
     for row in active:
-        prompt = prompts[row.prompt]
-        unseen[row.prompt] -= 1
-        slot = place[row.prompt] * places + unseen[row.prompt]
-        last = row.tokens[-1] if row.tokens else prompt[-1]
+        prompt, slot = prompts[row.prompt], held.index(row.prompt) * places + row.place
+        last = (row.tokens or prompt)[-1]
         inputs.append((last, len(row.tokens), len(prompt) - 1, slot, row.code))
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
-    before, own = max(len(prompts[i]) for i in held), 1 + max(len(row.tokens) for row in active)
+    columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1
     step = decode_step if policy.memory.graphs is None else replay
-    outputs = step(policy, inputs, (len(held), before, own, places), temperature)
+    outputs = step(policy, inputs, (len(held), *columns, places), temperature)
     for row, (token, logprob, left) in zip(active, outputs.T.tolist(), strict=True):
         row.tokens.append(int(token))
         row.logprobs.append(logprob)
@@ -517,19 +484,18 @@ def sample(
     temperature 0 is greedy. generator: one, or a list of one for each prompt, which makes a prompt's
     samples independent of the others. max_rows: rows decoded at a time, 0: all that memory holds.
     lattice: so many of a prompt's completions share a lattice of codes. What is sampled doesn't depend
-    on the batch. Raises ValueError for an empty prompt, and for what memory doesn't hold."""
-    memory = policy.memory
-    most, longest = max_rows or memory.own.shape[2], memory.prompts.shape[4]
-    if not prompts or not all(prompts) or num_samples % lattice:
-        raise ValueError("sample needs prompts of a token or more, and whole lattices of samples")
-    too_long = max(map(len, prompts)) > longest or max_new_tokens > memory.own.shape[4]
-    if too_long or num_samples > most:
-        raise ValueError("too much for memory: raise --max-prompt-tokens, --rows or the limits")
+    on the batch. Raises AssertionError for an empty prompt, and for what memory doesn't hold."""
+    memory, limit = policy.memory, max_new_tokens
+    most = max_rows or memory.own.shape[2]
+    assert prompts and all(prompts), "sample needs at least one prompt, and a token in each"
+    assert num_samples % lattice == 0, f"{num_samples} samples are not whole lattices of {lattice}"
+    fits = max(map(len, prompts)) <= memory.prompts.shape[4] and limit <= memory.own.shape[4]
+    assert fits and num_samples <= most, "memory is too small: raise --max-prompt-tokens or --rows"
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     results = []
     for i, own in enumerate(generators):
-        uniforms = draw_uniforms(num_samples, max_new_tokens, own, lattice).tolist()
-        results.append([Completion(i, row, row[0]) for row in uniforms])
+        uniforms = draw_uniforms(num_samples, limit, own, lattice).tolist()
+        results.append([Completion(i, j, row, row[0]) for j, row in enumerate(uniforms)])
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
     active, held = [], []
     progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
@@ -537,19 +503,17 @@ def sample(
         free = most - len(active)
         room = min(free // num_samples, memory.prompts.shape[2] - 1 - len(held))
         if waiting and room and (not active or free >= most // 4):  # small batches are slow
-            room = min(room, max(1, 16384 // len(prompts[waiting[0]])))  # tokens at once
+            room = min(room, 1 + 16384 // len(prompts[waiting[0]]))  # tokens at once
             new, waiting = waiting[:room], waiting[room:]
             prefill(policy, [prompts[i] for i in new], len(held))
             held += new
             active += [row for i in new for row in results[i]]
-        decode(policy, active, held, prompts, temperature, lattice)
-        before, columns = len(active), max(len(row.tokens) for row in active)
-        go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
-        close_gaps(active, go_on, memory.own[:, :, :, :, :columns])
+        decode(policy, active, held, prompts, num_samples, temperature, lattice)
+        go_on = [row.truncated and len(row.tokens) < limit for row in active]
+        progress.update(go_on.count(False))
+        close_gaps(active, go_on, memory.own)
         needed = {row.prompt for row in active}
-        columns = max(len(prompts[i]) for i in held)
-        close_gaps(held, [i in needed for i in held], memory.prompts[:, :, :, :, :columns])
-        progress.update(before - len(active))
+        close_gaps(held, [i in needed for i in held], memory.prompts)
     progress.close()
     return results
 
@@ -561,16 +525,12 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order. Uniform without replacement, or balanced: each trace in K n / N1 sets. Raises ValueError
     when there are no such sets."""
-    what = f"{num_sets} distinct sets of {set_size} of {num_traces} traces"
-    possible = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
-    if not possible or (balanced and num_sets * set_size % num_traces):
-        hint = ", balanced: say --no-balanced, or" if balanced else ":"
-        raise ValueError(f"there are no {what}{hint} change --num-sets, --set-size or --num-traces")
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance a
     # block is one set. Blocks that don't fit are drawn again
     block = math.lcm(num_traces, set_size) if balanced else set_size
-    sets = []
-    for _ in range(10_000 * num_sets):
+    possible = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
+    sets, tries = [], 10_000 * num_sets if possible and num_sets * set_size % block == 0 else 0
+    for _ in range(tries):
         rounds = range(math.ceil(block / num_traces))
         order = torch.cat([torch.randperm(num_traces, generator=generator) for _ in rounds])
         more = sets + order[:block].view(-1, set_size).tolist()
@@ -580,44 +540,34 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
             sets = []  # out of a dead end
         if len(sets) == num_sets:
             return torch.tensor(sets)
-    raise ValueError(f"found no {what}")
+    what = f"{'balanced ' * balanced}sets of {set_size} of {num_traces} traces"
+    raise ValueError(f"no {num_sets} distinct {what}: change the numbers or --balanced")
 
 
 def neutralise(text, markers):
     """Sampled text made harmless: it can't close its candidate, open another, or write a special
     token."""
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
-    while any(marker in text for marker in markers):
-        for marker in markers:
-            text = text.replace(marker, " ")
-    return text
+    return re.sub("|".join(map(re.escape, markers)) or "$^", " ", text)
 
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no
-    limit) these lose their beginnings, since answers come last: short ones stay whole, the others
-    share the room equally. Raises ValueError when the problem leaves no room."""
+    limit) the longest candidates lose their beginnings, since answers come last, and short ones stay
+    whole. Raises AssertionError when the problem leaves no room."""
 
     def build(texts):
-        start, end = tasks.CANDIDATE, tasks.CANDIDATE_END
-        candidates = [start.format(i) + text + end for i, text in enumerate(texts, 1)]
-        return tokenizer.chat(prompt + "".join(candidates) + tasks.AGGREGATE)
+        named = [tasks.CANDIDATE.format(i) + text for i, text in enumerate(texts, 1)]
+        candidates = "".join(text + tasks.CANDIDATE_END for text in named)
+        return tokenizer.chat(prompt + candidates + tasks.AGGREGATE)
 
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-    tokens = build(texts)
-    bodies = [tokenizer.encode(text) for text in texts]
-    room = max_tokens - len(build([""] * len(texts)))
+    tokens, bodies = build(texts), [tokenizer.encode(text) for text in texts]
+    most = max(map(len, bodies))  # tokens of a candidate
     while max_tokens and len(tokens) > max_tokens:
-        if room < len(texts):
-            few = f"{len(texts)} candidates in {max_tokens} prompt tokens"
-            raise ValueError(f"a problem leaves no room for {few}: raise --max-prompt-tokens")
-        left = room
-        for rank, i in enumerate(sorted(range(len(texts)), key=lambda i: len(bodies[i]))):
-            limit = min(len(bodies[i]), left // (len(texts) - rank))
-            texts[i] = tokenizer.decode(bodies[i][len(bodies[i]) - limit :])
-            left -= limit
-        tokens = build(texts)
-        room -= len(tokens) - max_tokens  # cut text can split into more tokens: then once more
+        most -= 1 + (len(tokens) - max_tokens) // (2 * len(bodies))
+        assert most > 0, f"no room for candidates in {max_tokens} tokens: raise --max-prompt-tokens"
+        tokens = build([tokenizer.decode(body[-most:]) for body in bodies])
     return tokens
 
 
@@ -726,14 +676,13 @@ def micro_batches(groups, budget):
 def group_attention(sizes, bias, layer, query, key, value, scaling):
     """The `attend` of a flat sequence [1, H, M, D] -> [1, M, H, D]: a prompt, then completions, of
     these sizes. Each completion sees the prompt, and itself up to its place, as bias says."""
-    parts = [x.split(sizes, 2) for x in (query, key, value)]
-    (_, prompt_key, prompt_value), *completions = zip(*parts, strict=True)
-    out = [causal_attention(query[:, :, : sizes[0]], prompt_key, prompt_value, scaling)]
+    prompt, *completions = zip(*[x.split(sizes, 2) for x in (query, key, value)], strict=True)
+    out = [causal_attention(layer, *prompt, scaling)] if sizes[0] else []
     for query, key, value in completions:
-        keys = torch.cat([prompt_key, key], 2)  # [1, kv, L + T, D]
-        values = torch.cat([prompt_value, value], 2)
+        keys = torch.cat([prompt[1], key], 2)  # [1, kv, L + T, D]
+        values = torch.cat([prompt[2], value], 2)
         mine = bias[: query.shape[2], : keys.shape[2]]
-        out.append(causal_attention(query, keys, values, scaling, mine))
+        out.append(causal_attention(layer, query, keys, values, scaling, mine))
     return torch.cat(out, 1)
 
 
@@ -745,11 +694,11 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
         logprobs = head(model, hidden, temperature).log_softmax(-1)  # [chunk, V]
         return logprobs.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, chunk_elements // model.get_output_embeddings().weight.shape[0])
+    size = 1 + chunk_elements // len(model.get_output_embeddings().weight)
     if len(targets) <= size:
         return chunk_logprobs(hidden, targets)
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    again = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False)
+    return torch.cat([*map(again, hidden.split(size), targets.split(size))])
 
 
 def completion_logprobs(model, group, temperature):
@@ -759,18 +708,20 @@ def completion_logprobs(model, group, temperature):
     *prompt, last = group.prompt
     inputs, positions, sampled, sizes = [*prompt], [*range(len(prompt))], [], [len(prompt)]
     for c in group.completions:
+        size = len(c.tokens)
         inputs += [last, *c.tokens[:-1]]
-        positions += range(len(prompt), len(prompt) + len(c.tokens))
-        sampled += zip(c.tokens, c.logprobs, [c.advantage] * len(c.tokens), strict=True)
-        sizes.append(len(c.tokens))
-    inputs, positions = torch.tensor([inputs, positions], device=model.device)[:, None]  # [1, M]
-    sampled = torch.tensor(sampled, dtype=torch.float64).T.to(model.device)
-    targets, old_logprobs, advantages = sampled.long()[0], *sampled[1:].float()
-    shape = max(sizes[1:]), len(prompt) + max(sizes[1:])
-    bias = torch.full(shape, -math.inf, dtype=model.dtype, device=model.device)
+        positions += range(len(prompt), len(prompt) + size)
+        sampled += zip(c.tokens, c.logprobs, [c.advantage] * size, strict=True)
+        sizes.append(size)
+    flat = torch.tensor([inputs, positions], device=model.device)[:, None]  # [2, 1, M]
+    targets, *rest = torch.tensor(sampled, dtype=torch.float64).T.to(model.device)
+    longest = max(sizes[1:])
+    bias = torch.full((longest, len(prompt) + longest), -math.inf, dtype=model.dtype).to(
+        targets.device
+    )
     attend = functools.partial(group_attention, sizes, bias.triu(len(prompt) + 1))
-    hidden = hidden_states(model, inputs, positions, attend)[0, len(prompt) :]  # [N, d]
-    return token_logprobs(model, hidden, targets, temperature), old_logprobs, advantages
+    hidden = hidden_states(model, *flat, attend)[0, len(prompt) :]  # [N, d]
+    return token_logprobs(model, hidden, targets.long(), temperature), *[x.float() for x in rest]
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
@@ -782,26 +733,24 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def make_optimizer(model, lr):
-    """AdamW on fp32 parameters: the model's own, or masters of those in bf16. Masters sum the
-    gradients of micro-batches, and are copied back after a step."""
+    """AdamW on fp32 parameters: the model's own, or masters of those in bf16, which sum the gradients of
+    micro-batches and are copied back after a step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
-    pairs = [pair for pair in zip(trained, masters, strict=True) if pair[0] is not pair[1]]
-
-    def to_master(master, parameter):
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad + gradient
-        parameter.grad = None
-
-    def from_masters(*_):
-        for parameter, master in pairs:
-            parameter.data.copy_(master)
-
-    for parameter, master in pairs:
-        parameter.register_post_accumulate_grad_hook(functools.partial(to_master, master))
     # foreach would take as much memory again
     optimizer = torch.optim.AdamW(masters, lr, (0.9, 0.95), weight_decay=0.0, foreach=False)
-    optimizer.register_step_post_hook(from_masters)
+
+    def to_master(master, parameter):
+        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
+        parameter.grad = None
+
+    def from_master(parameter, master, *_):
+        parameter.data.copy_(master)
+
+    for parameter, master in zip(trained, masters, strict=True):
+        if parameter is not master:
+            parameter.register_post_accumulate_grad_hook(functools.partial(to_master, master))
+            optimizer.register_step_post_hook(functools.partial(from_master, parameter, master))
     return optimizer
 
 
@@ -809,21 +758,18 @@ def update(policy, optimizer, groups, num_problems, config):
     """One optimizer step on the mean over problems of the estimate -> a dict of numbers. num_problems,
     over all processes, is the one denominator: micro-batches don't change the gradient. NaN or inf never
     reaches the weights: then there is no step."""
-    sums = torch.zeros(
-        3, dtype=torch.float64
-    )  # loss, tokens, distance from the sampler's log-probs
+    sums = torch.zeros(3)  # loss, tokens, distance from the sampler's log-probs
     for group in micro_batches(groups, config.micro_batch_tokens):
         logprobs, old, advantages = completion_logprobs(policy.model, group, config.temperature)
         loss = policy_loss(logprobs, old, advantages, config.clip) / num_problems
         loss.backward()
         distance = (logprobs.detach() - old).abs().sum()
-        sums += torch.tensor([loss.item(), len(old), distance.item()])
+        sums += torch.stack([loss.detach(), distance * 0 + len(old), distance]).cpu()
     loss, tokens, distance = add_up(sums).tolist()
     masters = optimizer.param_groups[0]["params"]
-    if dist.is_initialized():
-        for master in masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-            add_up(master.grad)
+    for master in masters if dist.is_initialized() else []:
+        master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
     finite = math.isfinite(norm + loss)
     if finite and tokens:
@@ -874,7 +820,7 @@ class Record:
     problem: object
     search: Group  # N1 traces
     aggregations: list  # K Groups of N2 aggregations
-    sets: torch.Tensor  # [K, n]
+    sets: torch.Tensor  # [K, n] indices of traces
 
     def completions(self):
         return [c for group in [self.search, *self.aggregations] for c in group.completions]
@@ -903,19 +849,19 @@ def rollout(policy, task, problems, config, generators, curve=None):
     trace_rewards = rewards_of(found)  # [P, N1]
     if grpo:
         set_advantages(found, grpo_advantages(trace_rewards), config.target_length)
-        return [Record(*pair, [], None) for pair in zip(problems, found, strict=True)]
-    sets, texts = [], []
-    for group, generator in zip(found, generators, strict=True):
-        sizes = num_traces, config.set_size, num_sets
-        sets.append(draw_sets(*sizes, generator, config.balanced))  # [K, n]
-        texts += [[group.completions[j].text for j in members] for members in sets[-1].tolist()]
-    owners, theirs = ([x for x in row for _ in range(num_sets)] for row in (problems, generators))
+        return [Record(*pair, [], []) for pair in zip(problems, found, strict=True)]
+    sets, texts, owners, theirs = [], [], [], []
+    for problem, group, generator in zip(problems, found, generators, strict=True):
+        drawn = draw_sets(num_traces, config.set_size, num_sets, generator, config.balanced)
+        sets.append(drawn)  # [K, n]
+        texts += [[group.completions[j].text for j in members] for members in drawn.tolist()]
+        owners += [problem] * num_sets
+        theirs += [generator] * num_sets
     answers = aggregate(policy, task, owners, texts, config, many, theirs)  # P * K groups
     rewards = rewards_of(answers).view(len(problems), num_sets, many)  # [P, K, N2]
     credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
     set_advantages(found, config.search_weight * credit, config.target_length)
-    credit = aggregation_advantages(rewards, config.published)  # [P, K, N2]
-    set_advantages(answers, credit, config.target_length)
+    set_advantages(answers, aggregation_advantages(rewards, config.published), config.target_length)
     of_problem = [answers[i : i + num_sets] for i in range(0, len(answers), num_sets)]
     return [Record(*row) for row in zip(problems, found, of_problem, sets, strict=True)]
 
@@ -931,16 +877,17 @@ def collect(policy, task, problems, cursor, config, curve=None):
     are drawn; each process takes its share. Returns (records, number of useful ones in all processes,
     the cursor behind the last problem)."""
     rank, processes = world()
-    records, useful = [], 0
-    limit = cursor + config.max_draws * config.problems
+    records, useful, limit = [], 0, cursor + config.max_draws * config.problems
     while useful < config.problems and cursor < limit:
         missing = max(config.problems - useful, config.problems // 4)  # small rollouts are slow
         drawn = range(cursor, min(cursor + missing, limit))
         cursor = drawn.stop
-        mine = [problem_at(problems, config.seed, i) for i in drawn[rank::processes]]
-        seeds = [config.seed * 1_000_003 + i for i in drawn[rank::processes]]  # of seed and place
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        records += rollout(policy, task, mine, config, generators, curve) if mine else []
+        mine = drawn[rank::processes]
+        if mine:
+            batch = [problem_at(problems, config.seed, i) for i in mine]
+            seeds = [config.seed * 1_000_003 + i for i in mine]  # of seed and place alone
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            records += rollout(policy, task, batch, config, generators, curve)
         found = [any(c.advantage for c in record.completions()) for record in records]
         useful = int(add_up(torch.tensor(sum(found))))
     return records, useful, cursor
@@ -950,44 +897,42 @@ def response_counts(records, set_size):
     """[2, n + 1]: aggregations that were right, and all, by the number of right candidates."""
     counts = torch.zeros(2, set_size + 1)
     for record in records:
-        rewards = rewards_of([record.search])[0]  # [N1]
-        for k, group in enumerate(record.aggregations):
+        traces = rewards_of([record.search])[0]  # [N1]
+        for members, group in zip(record.sets, record.aggregations, strict=True):
             answers = rewards_of([group])
-            right = int(rewards[record.sets[k]].sum())
-            counts[:, right] += torch.tensor([answers.sum(), answers.numel()])
+            counts[:, int(traces[members].sum())] += torch.tensor([answers.sum(), answers.numel()])
     return add_up(counts)
 
 
 # ---- What people read ----
 
 
-def statistics(records):
-    """What a step looks like in this process: rates and lengths a completion, entropies in nats a token
-    (the mean of -log pi, unbiased)."""
-    traces = [c for record in records for c in record.search.completions]
-    answers = [c for r in records for g in r.aggregations for c in g.completions]
-    stats = {"drawn_problems": len(records)}
-    for role, completions in (("search", traces), ("aggregation", answers or traces)):
-        tokens = sum(len(c.tokens) for c in completions)
-        stats[f"{role}_tokens"] = tokens if completions is answers or role == "search" else 0
-        stats[f"{role}_reward"] = float(np.mean([c.reward for c in completions]))
-        stats[f"{role}_truncated"] = float(np.mean([c.truncated for c in completions]))
-        stats[f"{role}_entropy"] = -sum(sum(c.logprobs) for c in completions) / tokens
-    return stats
+def statistics(groups):
+    """Of all completions of some groups: how often they are right and cut off, their length in tokens,
+    and the entropy in nats a token (the mean of -log pi, unbiased)."""
+    every = [c for group in groups for c in group.completions]
+    tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
+    return {
+        "reward": sum(c.reward for c in every) / count,
+        "truncated": sum(c.truncated for c in every) / count,
+        "length": tokens / count,
+        "entropy": -sum(sum(c.logprobs) for c in every) / max(1, tokens),
+        "tokens": tokens,
+    }
 
 
 def notes(stats, start, tolerance):
-    """Plain lines about what people otherwise puzzle over. start: the first step's search reward;
+    """Plain lines about what people otherwise puzzle over. start: the first step's trace reward;
     tolerance: of the log-probs."""
-    if not stats["useful_problems"]:
+    if not stats["useful"]:
         yield (
             "no problem has an advantage: in each one all answers are right, or all are wrong "
-            f"({stats['aggregation_reward']:.0%} are right). Make the task easier or harder"
+            f"({stats['aggregation']['reward']:.0%} are right). Make the task easier or harder"
         )
     for role, limit in (("search", "trace"), ("aggregation", "aggregation")):
-        if stats[f"{role}_truncated"] > 0.5:
+        if stats[role]["truncated"] > 0.5:
             yield f"most {role} completions are cut off: raise --max-{limit}-tokens"
-    if stats["search_reward"] < 0.5 * start:
+    if stats["search"]["reward"] < 0.5 * start:
         yield "the search collapses: lower --search-weight or --lr, or try another --search-credit"
     if stats["logprob_difference"] > tolerance:
         yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token"
@@ -995,23 +940,19 @@ def notes(stats, start, tolerance):
         yield "loss or gradient is not finite: no step. Lower --lr"
 
 
-def transcript(task, record):
-    """One problem as a person reads it: traces, the best set, its aggregations, and advantages."""
-    shown = [("problem", task.prompt(record.problem))]
-    for j, c in enumerate(record.search.completions[:8], 1):
-        shown.append((f"trace {j}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}", c.text))
+def transcript(task, records):
+    """A problem as a person reads it: traces, the best set, its aggregations, and advantages."""
+    record = max(records, key=lambda r: sum(abs(c.advantage) for c in r.completions()))
+    shown = [(f"trace {j}", c) for j, c in enumerate(record.search.completions, 1)]
     if record.aggregations:
         set_scores = rewards_of(record.aggregations).mean(1)  # [K]
-        best = int(set_scores.argmax())
-        members = (record.sets[best] + 1).tolist()
-        title = f"set of traces {members}   score {set_scores[best]:.2f}"
-        shown.append((title, f"scores of all sets: {set_scores.tolist()}"))
-        for c in record.aggregations[best].completions:
-            title = f"aggregation   reward {c.reward:.0f}   advantage {c.advantage:+.3f}"
-            shown.append((title, c.text))
-    return "\n".join(
-        title + "\n    " + text.strip().replace("\n", "\n    ") for title, text in shown
-    )
+        k = int(set_scores.argmax())
+        title = f"aggregation of traces {(record.sets[k] + 1).tolist()}, score {set_scores[k]:.2f}"
+        shown += [(title, c) for c in record.aggregations[k].completions]
+    lines = [f"problem\n{task.prompt(record.problem)}"]
+    for title, c in shown:
+        lines.append(f"{title}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}\n{c.text}")
+    return "\n".join(line.strip().replace("\n", "\n    ") for line in lines)
 
 
 # ---- Evaluation ----
@@ -1044,35 +985,33 @@ def recursive_self_aggregation(
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
     members drawn at random. population: [P] Groups to start from, else config.population fresh traces
     that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
-    size = config.population
+    size, n = config.population, config.set_size
     history = [population or search(policy, task, problems, config, size, generator, size)]
     for _ in range(steps):
         owners, sets = [], []
         for problem, group in zip(problems, history[-1], strict=True):
             for _ in group.completions:
-                members = torch.randperm(len(group.completions), generator=generator)
-                sets.append([group.completions[j].text for j in members[: config.set_size]])
+                members = torch.randperm(len(group.completions), generator=generator)[:n]
+                sets.append([group.completions[j].text for j in members])
                 owners.append(problem)
-        answers = aggregate(policy, task, owners, sets, config, 1, generator)
-        members = iter(answer.completions[0] for answer in answers)
-        history.append([Group([], [next(members) for _ in g.completions]) for g in history[-1]])
+        answers = iter(aggregate(policy, task, owners, sets, config, 1, generator))
+        history.append(
+            [Group([], [next(answers).completions[0] for _ in g.completions]) for g in history[-1]]
+        )
     return history
 
 
 def solve(policy, task, problem, config, generator=None):
-    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote; prints a line after each,
-    and a text when none has an answer. Returns the answer or None."""
-    population = None
-    for step in range(config.rsa_steps + 1):  # step 0: fresh traces
-        how = config, population, min(step, 1), generator
-        population = recursive_self_aggregation(policy, task, [problem], *how)[-1]
-        texts = [c.text for c in population[0].completions]
-        answers = [task.answer(text) for text in texts]
+    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Prints the votes after
+    each, and a text when there is none. Returns the answer or None."""
+    how = [problem], config, None, config.rsa_steps, generator
+    for step, (group,) in enumerate(recursive_self_aggregation(policy, task, *how)):
+        answers = [task.answer(c.text) for c in group.completions]
         votes = collections.Counter(answers).most_common()
         counts = [f"{n} x {'no answer' if answer is None else answer}" for answer, n in votes]
-        say(f"{f'aggregation {step}' if step else 'search'}: {',  '.join(counts)}")
+        print(f"{f'aggregation {step}' if step else 'search'}: {',  '.join(counts)}")
         if majority_vote(answers) is None:
-            say("one of the texts:", texts[0])
+            print(f"one of the texts: {group.completions[0].text}")
     return majority_vote(answers)
 
 
@@ -1081,32 +1020,25 @@ def evaluate(policy, task, problems, config, generator):
     `population`, of which pass@k is the mean; the first one starts the RSA."""
     n, size, population = config.set_size, config.eval_traces, config.population
     found = search(policy, task, problems, config, size, generator, population)
-    owners, sets = [], []
-    for problem, group in zip(problems, found, strict=True):
-        texts = [c.text for c in group.completions]
-        sets += [texts[i : i + n] for i in range(0, size, n)]
-        owners += [problem] * (size // n)
+    owners = [problem for problem in problems for _ in range(size // n)]
+    texts = [c.text for group in found for c in group.completions]
+    sets = [texts[i : i + n] for i in range(0, len(texts), n)]
     answers = rewards_of(aggregate(policy, task, owners, sets, config, 1, generator))[:, 0]
     start = [Group(group.prompt, group.completions[:population]) for group in found]
     how = config, start, config.rsa_steps, generator
     history = recursive_self_aggregation(policy, task, problems, *how)
     rewards = rewards_of(found)  # [P, S]
-    hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]
-    every = [c for group in found for c in group.completions]
-    lengths = torch.tensor([len(c.tokens) for c in every])
+    hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]: sets without a right trace
     scores = {
         "pass@1": rewards,
         f"pass@{population}": rewards.view(-1, population).amax(1),
         f"majority@{size}": torch.tensor([vote_reward(task, group.completions) for group in found]),
         f"aggregate@{n}": answers,
-        "hopeless sets": hopeless,  # without a right trace
-        "emergent": answers[hopeless],  # in these
-        **{f"rsa step {i}": rewards_of(groups) for i, groups in enumerate(history) if i},
-        "trace entropy": -torch.tensor([sum(c.logprobs) for c in every]) / lengths.float().mean(),
-        "trace length": lengths,
-        "trace truncated": torch.tensor([c.truncated for c in every]),
+        "emergent": answers[hopeless],
     }
-    return {name: score.float().mean().nan_to_num().item() for name, score in scores.items()}
+    for step, groups in enumerate(history[1:], 1):
+        scores[f"rsa step {step}"] = rewards_of(groups)
+    return {name: x.mean().nan_to_num().item() for name, x in scores.items()} | statistics(found)
 
 
 # ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step) ----
@@ -1125,68 +1057,52 @@ def save_checkpoint(folder, state, policy, optimizer):
     (aside / "state.json").write_text(json.dumps(state))
     os.sync()
     os.replace(aside, folder)
-    os.sync()
 
 
 def load_optimizer(optimizer, folder):
     # weights_only: tensors and plain containers, no code
-    saved, adam = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    masters, adam = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(adam)
-    for master, value in zip(optimizer.param_groups[0]["params"], saved, strict=True):
-        master.data.copy_(value)
+    for master, saved in zip(optimizer.param_groups[0]["params"], masters, strict=True):
+        master.data.copy_(saved)
 
 
 def checkpoints(out):
     """The run's own checkpoints, the newest first: never what else lies beside them."""
-    ours = [path for path in out.glob("step-*/state.json") if path.parent.name[5:].isdecimal()]
-    return sorted((path.parent for path in ours), key=lambda path: -int(path.name[5:]))
+    ours = [path.parent for path in out.glob("step-*/state.json")]
+    ours = [path for path in ours if path.name[5:].isdecimal() and not path.is_symlink()]
+    return sorted(ours, key=lambda path: -int(path.name[5:]))
+
+
+def resume(config, out):
+    """(folder, state) of the newest checkpoint in `out`, or None and the state of a new run. Raises
+    AssertionError when the folder holds another run."""
+    fixed = "algo task data model seed train_problems lora_rank dtype set_size".split()
+    run = {name: getattr(config, name) for name in fixed}
+    run["data file"] = zlib.crc32(Path(config.data).read_bytes()) if config.data else 0
+    for folder in checkpoints(out):
+        state = json.loads((folder / "state.json").read_text())
+        other = [name for name in run if run[name] != state["run"][name]]
+        assert not other, f"{out} holds a run with another {', '.join(other)}: choose another --out"
+        print(f"resuming {folder}")
+        return folder, state
+    curve = [[0.0] * (config.set_size + 1)] * 2
+    return None, {"run": run, "step": 0, "cursor": 0, "metrics_bytes": 0, "curve": curve}
 
 
 def lock(out):
-    """A file that keeps other processes out of the folder as long as it is open. Raises ValueError when
-    another one is at work there."""
+    """An open file that keeps other processes out of the folder. Raises AssertionError when one is in."""
     import fcntl  # not on Windows
 
     file = (out / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"{out}: another process is at work there") from None
+        raise AssertionError(f"{out}: another process is at work there") from None
     return file
 
 
 # ---- Training ----
-
-FIXED = (
-    "algo",
-    "task",
-    "data",
-    "model",
-    "seed",
-    "train_problems",
-    "lora_rank",
-    "dtype",
-    "set_size",
-)
-
-
-def newest_state(config, out):
-    """(folder, state) of the checkpoint to go on from; (None, a new run's state) when there is none.
-    Raises ValueError when the folder holds another run."""
-    checksum = zlib.crc32(Path(config.data).read_bytes()) if config.data else 0
-    folder = next(iter(checkpoints(out)), None)
-    if folder is None:
-        curve = [[0.0] * (config.set_size + 1)] * 2
-        state = {"step": 0, "cursor": 0, "curve": curve, "start": None, "checksum": checksum}
-        return None, {**state, "metrics_bytes": 0}
-    state = json.loads((folder / "state.json").read_text())
-    other = [name for name in FIXED if state["config"][name] != getattr(config, name)]
-    if other or state["checksum"] != checksum:
-        raise ValueError(
-            f"{out} holds a run with another {other or 'data file'}: choose another --out"
-        )
-    say(f"resuming {folder}")
-    return folder, state
 
 
 def train_step(policy, optimizer, task, problems, state, config):
@@ -1199,22 +1115,24 @@ def train_step(policy, optimizer, task, problems, state, config):
     sampled = time.time()
     step = state["step"] + 1
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / 5)
-    groups = [group for record in records for group in [record.search, *record.aggregations]]
+    traces = [record.search for record in records]
+    answers = [group for record in records for group in record.aggregations]
     for _ in range(config.updates):
-        numbers = update(policy, optimizer, groups, max(1, useful), config)
-    stats = {"step": step, "useful_problems": useful, **statistics(records), **numbers}
-    stats["curve"] = curve.tolist()
-    start = stats["search_reward"] if state["start"] is None else state["start"]
+        numbers = update(policy, optimizer, traces + answers, max(1, useful), config)
+    stats = {"step": step, "drawn": len(records), "useful": useful, **numbers}
+    stats |= {"curve": curve.tolist(), "search": statistics(traces)}
+    stats["aggregation"] = statistics(answers or traces)  # the final answers
     fading = 0.9 * torch.tensor(state["curve"]) + response_counts(records, config.set_size)
-    state |= {"step": step, "cursor": cursor, "start": start, "curve": fading.tolist()}
-    say(
-        f"step {step:3d}/{config.steps}  answer {stats['aggregation_reward']:.3f}  "
-        f"trace {stats['search_reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
-        f"entropy {stats['search_entropy']:.2f}  useful {useful}/{stats['drawn_problems']}  "
+    state |= {"step": step, "cursor": cursor, "curve": fading.tolist()}
+    start = state.setdefault("start", stats["search"]["reward"])
+    print(
+        f"step {step:3d}/{config.steps}  answer {stats['aggregation']['reward']:.3f}  "
+        f"trace {stats['search']['reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
+        f"entropy {stats['search']['entropy']:.2f}  useful {useful}/{len(records)}  "
         f"{sampled - began:.1f}+{time.time() - sampled:.1f}s"
     )
     for note in notes(stats, start, 1e-4 if policy.model.dtype == torch.float32 else 0.01):
-        say(f"  note: {note}")
+        print(f"  note: {note}")
     return stats, records
 
 
@@ -1224,80 +1142,68 @@ def train(task, config, out):
     writes = world()[0] == 0
     problems = task.problems("train", config.train_problems, config.seed)
     longest = max((task.prompt(problem) for problem in problems), key=len)
-    candidates = ["0" * 100] * config.set_size
-    tokenizer = load_tokenizer(config.model)[2]
-    aggregation_prompt(tokenizer, longest, candidates, config.max_prompt_tokens)  # does it fit?
+    fits = longest, ["0" * 100] * config.set_size, config.max_prompt_tokens
+    aggregation_prompt(load_tokenizer(config.model)[2], *fits)  # raises if not
     out.mkdir(parents=True, exist_ok=True)
-    locked = lock(out) if writes else None
-    folder, state = newest_state(config, out)
+    mine = lock(out) if writes else None
+    folder, state = resume(config, out)
     policy = load_policy(replace(config, model=str(folder)) if folder else config)
     optimizer = make_optimizer(policy.model, config.lr)
     if folder:
         load_optimizer(optimizer, folder)
-    metrics = (out / "metrics.jsonl").open("a") if writes else None
-    if writes:
-        metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
-    trained = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
-    say(f"{config.algo} on {config.task}, {trained:.1f}M parameters trained, into {out}/")
-    signals = []
+    metrics = (out / "metrics.jsonl" if writes else Path(os.devnull)).open("a")
+    metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
+    size = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
+    print(f"{config.algo} on {config.task}, {size:.1f}M parameters trained, into {out}/")
+    signals, stop = [], False
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, end
             signal.signal(number, lambda number, _: signals.append(number))
-    stop = False
     while state["step"] < config.steps and not stop:
         stats, records = train_step(policy, optimizer, task, problems, state, config)
-        step = state["step"]
+        print(json.dumps(stats), file=metrics, flush=True)
+        step, state["metrics_bytes"] = state["step"], metrics.tell()
         stop = bool(add_up(torch.tensor(len(signals))))  # all processes, or none
         save = step % config.save_every == 0 or step == config.steps or stop
-        if writes:
-            print(json.dumps(stats), file=metrics, flush=True)
         if save or step == 1:
-            best = max(records, key=lambda r: sum(abs(c.advantage) for c in r.completions()))
-            say(f"--- step {step} ---", transcript(task, best))
+            print(f"--- step {step} ---\n{transcript(task, records)}")
         if save and writes:
-            state["metrics_bytes"] = metrics.tell()
-            saved = {**state, "config": asdict(config)}
-            save_checkpoint(out / f"step-{step}", saved, policy, optimizer)
+            save_checkpoint(out / f"step-{step}", state, policy, optimizer)
             for old in checkpoints(out)[2:]:
                 shutil.rmtree(old)
     if stop:
-        say(f"saved after step {state['step']}; the same command goes on from there")
+        print(f"saved after step {state['step']}; the same command goes on from there")
         return 128 + max(signals, default=signal.SIGTERM)
-    if signals is not None and writes and config.eval_problems:
+    if writes and config.eval_problems:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        report(policy, task, config, out, state["step"])
+        report(policy, task, config, out, f"step {state['step']}")
+        del policy, optimizer  # their memory is for the next one
+        report(load_policy(config), task, config, out, "start")
     return 0
 
 
-def report(policy, task, config, out, step):
-    """The table on problems never trained on, also to evaluation.jsonl: before and after, or with step 0
-    of this policy alone. Ctrl-C ends it early, with what there is."""
-    problems = task.problems(config.eval_split, config.eval_problems, 0)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "evaluation.jsonl"
-    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
-    tables = {}
-    for name in ("before", "after") if step else (Path(config.model).name,):
-        mine = load_policy(config) if name == "before" else policy
-        generator, parts = torch.Generator().manual_seed(0), []
-        try:
-            for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):
-                part = problems[start : start + 50]
-                parts.append((len(part), evaluate(mine, task, part, config, generator)))
-        except KeyboardInterrupt:
-            say(f"interrupted after {sum(size for size, _ in parts)} problems")
-        if not parts:
-            break
-        count = sum(size for size, _ in parts)
-        scores = {key: sum(n * part[key] for n, part in parts) / count for key in parts[0][1]}
-        tables[name] = scores
-        key = {"policy": name, "step": step * (name == "after"), "split": config.eval_split}
-        rows = [row for row in rows if key.items() - row.items()]  # not twice
-        rows.append({**key, "problems": count, **scores})
+def report(policy, task, config, out, name):
+    """Evaluates on problems never trained on, as a row of evaluation.jsonl, and prints the rows there.
+    Ctrl-C ends it early, with the problems done by then."""
+    problems, generator = task.problems("test", config.eval_problems, 0), torch.Generator()
+    generator.manual_seed(0)
+    parts, sizes = [], []
+    try:
+        for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):
+            part = problems[start : start + 50]
+            parts.append(evaluate(policy, task, part, config, generator))
+            sizes.append(len(part))
+    finally:
+        row = {"policy": name, "problems": sum(sizes)}
+        for key in parts[0] if parts else ():
+            row[key] = float(np.average([scores[key] for scores in parts], weights=sizes))
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "evaluation.jsonl"
+        rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        rows = [old for old in rows if old["policy"] != name] + [row]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    say(f"{'held-out ' + config.eval_split:<18}" + "".join(f"{name:>10}" for name in tables))
-    for score in next(iter(tables.values()), ()):
-        say(f"{score:<18}" + "".join(f"{table[score]:10.3f}" for table in tables.values()))
+        for key in row:
+            print(f"{key:<18}" + "".join(f"{old.get(key)!s:>12.6}" for old in rows))
 
 
 # ---- Command line ----
@@ -1305,6 +1211,9 @@ def report(policy, task, config, out, step):
 
 def parse_config(arguments=None):
     """Config from options, and from files of them (@experiments/paper.args). Raises ValueError."""
+    texts = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    for option in fields(Config):
+        option.metadata = {"help": texts[option.name]}
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, fromfile_prefix_chars="@")
 
     def fail(message):  # in one line, not with a page of usage
@@ -1318,18 +1227,17 @@ def run(config):
     """Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one speaks for all
     task = tasks.make_task(config.task, config.data)
     name = config.algo if config.steps else "evaluation"
     out = Path(config.out or f"runs/{name}-{config.task.partition(':')[0]}-{config.seed}")
-    if config.steps and not config.ask:
-        return train(task, config, out)
-    policy = load_policy(config)
     if config.ask:
-        generator = torch.Generator().manual_seed(config.seed)
-        answer = solve(policy, task, task.question(config.ask), config, generator)
-        say(f"answer: {answer}")
+        problem, generator = task.question(config.ask), torch.Generator().manual_seed(config.seed)
+        print(f"answer: {solve(load_policy(config), task, problem, config, generator)}")
+    elif config.steps:
+        return train(task, config, out)
     else:
-        report(policy, task, config, out, 0)
+        report(load_policy(config), task, config, out, Path(config.model).name)
     return 0
 
 
@@ -1337,8 +1245,8 @@ def main(arguments=None):
     """Returns the exit code. Trouble that a user can mend ends in one line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # terminals that lack a character
+    if hasattr(sys.stdout, "reconfigure"):  # terminals that lack a character; logs to follow
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         return run(parse_config(arguments))
     except KeyboardInterrupt:
