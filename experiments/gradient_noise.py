@@ -1,165 +1,117 @@
-"""How noisy is set credit? Variance and signal of the search term's estimate on fixed weights, for each design of the sets (experiment 8).
+"""How noisy is each credit of search? Measured on fixed weights (paper.md section 7).
 
-    python experiments/gradient_noise.py                                    # the start policy, study.py's short setting
-    python experiments/gradient_noise.py --model runs/study/spiral-0-... --name trained
-    python experiments/gradient_noise.py --table                            # the table, from results/gradient_noise.json alone
+    python experiments/gradient_noise.py                                   # the start policy
+    python experiments/gradient_noise.py --model runs/X/step-60 --name "after training"
+    python experiments/plot.py --table noise                               # the table
 
-Per problem and rollout: N1 = 16 traces, the gradient of each, and four aggregations of *every* set of 4, and of 2, of the first 8. Each
-design then draws its sets and aggregations from these, again and again, and gives its advantages a to the traces:
+Per problem and rollout: 8 traces, the gradient of each, and four aggregations of *every* set of 4
+of them. Their set credit is the search term's exact estimate without the noise of choosing sets;
+over rollouts it gives the true gradient. Every credit of CREDITS is
 
-    E |g|^2 = E a' G a, G the traces' gradients' products (no assumption on them);   |E g|^2 = the product of two rollouts' mean gradients.
+    a = curve_advantages(g) + weight * search_advantages(f - g(c))       of some sets, drawn anew
 
-The designs without bias share one mean gradient, that of all sets, in which the choice of sets makes no noise. Written per problem: second
-moment, signal |E g|^2. The table: noise = variance / signal, both meant over problems, of one problem's rollout; and the sampled tokens after which
-signal and noise of the summed gradient are level, tokens of a rollout * noise: what counts at an equal budget. 95% intervals: bootstrap over problems.
+(set credit: g = 0), so E |sum_j a_j grad log pi(y_j)|^2 = E a' G a, with G the products of the
+traces' gradients, and products of means come from two different rollouts.
 """
 
 import argparse
 import itertools
 import json
-import platform
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
 
-DESIGNS = {   # name: (N1, n, K, N2, balanced, estimator); None: GRPO on N1 traces
-    "random, K=4 N2=4": (8, 4, 4, 4, False, "leave-one-out"),
-    "balanced, K=4 N2=4": (8, 4, 4, 4, True, "leave-one-out"),
-    "published, K=4 N2=4": (8, 4, 4, 4, False, "published"),
-    "random, K=8 N2=2": (8, 4, 8, 2, False, "leave-one-out"),
-    "balanced, K=8 N2=2": (8, 4, 8, 2, True, "leave-one-out"),
-    "all 70 sets, N2=2": (8, 4, 70, 2, False, "leave-one-out"),
-    "balanced, N1=16 K=4 N2=2": (16, 4, 4, 2, True, "leave-one-out"),
-    "sets of 2, balanced, K=4 N2=4": (8, 2, 4, 4, True, "leave-one-out"),
-    "sets of 2, balanced, K=8 N2=2": (8, 2, 8, 2, True, "leave-one-out"),
-    "grpo, 8 traces": None,
-}
-DRAWS, DIRECT, MOST = 64, 6, 4               # of a design per rollout; with N1 = 16, where sets are too many for all; aggregations of a set
 RESULT = Path(__file__).parent / "results" / "gradient_noise.json"
+N1, N, N2 = 8, 4, 4  # traces, traces in a set, aggregations of each set
+SETS = [list(chosen) for chosen in itertools.combinations(range(N1), N)]  # all 70
+DRAWS = 64  # of sets
+CREDITS = {  # name: (curve g or None for the measured one, weight of the residual, K, N2)
+    "set, K=4 N2=4": ([0.0] * 5, 1, 4, 4),
+    "set, K=8 N2=2": ([0.0] * 5, 1, 8, 2),
+    "curve + residual": (None, 1, 4, 4),
+    "curve + residual / 4": (None, 0.25, 4, 4),
+    "curve": (None, 0, 4, 4),
+    "pass@4": ([0.0, 1, 1, 1, 1], 0, 4, 4),
+    "trace": ([0, 0.25, 0.5, 0.75, 1], 0, 4, 4),
+}
 
 
-def trace_gradients(policy, prompt, samples):
-    """grad log pi(y_j | x) of each trace: [traces, parameters]."""
-    rows = []
-    for j in range(len(samples.tokens)):
-        policy.model.zero_grad()
-        one = samples[j:j + 1]
-        logprobs, _ = spiral.completion_logprobs(policy.model, [prompt], torch.zeros(1, dtype=torch.long), one.tokens, one.mask, 1.0)
-        logprobs.sum().backward()
-        rows.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
-    return torch.stack(rows)
+def roll_out(policy, task, problem, config, rollouts, generator):
+    """Products of the traces' gradients [R, N1, R, N1], rewards of the traces [R, N1] and of the
+    aggregations of every set [R, 70, N2], and the tokens of a default rollout."""
+    count = rollouts * N1
+    group = spiral.search(policy, task, [problem], config, count, generator)[0]
+    parameters, gradients = [*policy.model.parameters()], []
+    for c in group.completions:
+        one = spiral.Group(group.prompt, [c])
+        score = spiral.completion_logprobs(policy.model, one, 1.0)[0].sum()
+        gradient = torch.autograd.grad(score, parameters)
+        gradients.append(torch.cat([part.flatten() for part in gradient]))
+    gradients = torch.stack(gradients)
+    products = (gradients @ gradients.T).view(rollouts, N1, rollouts, N1)
+    rewards = spiral.rewards_of([group]).view(rollouts, N1)
+    texts, sets = [c.text for c in group.completions], []
+    for start in range(0, count, N1):
+        sets += [[texts[start + j] for j in chosen] for chosen in SETS]
+    owners = [problem] * len(sets)
+    answers = spiral.aggregate(policy, task, owners, sets, config, N2, generator)
+    scores = spiral.rewards_of(answers).view(rollouts, len(SETS), N2)
+    tokens = sum(len(c.tokens) for c in group.completions) / rollouts
+    lengths = [len(c.tokens) for answer in answers for c in answer.completions]
+    return products, rewards, scores, tokens + 16 * sum(lengths) / len(lengths)
 
 
-def rewards_of_sets(policy, task, problem, traces, sets, num_aggregations, config, generator):
-    """Rewards [sets, aggregations], and the mean tokens of an aggregation."""
-    chosen = [[traces[j] for j in s] for s in sets.tolist()]
-    _, samples, texts = spiral.aggregate(policy, task, [problem] * len(sets), chosen, config, num_aggregations, generator)
-    return spiral.rewards_of(task, [problem] * len(sets), texts), samples.mask.sum().item() / len(samples.mask)
-
-
-def rollout_advantages(policy, task, problem, traces, config, generator, pools):
-    """{design: (advantages of its draws [draws, 16], their mean or that of all sets [16])}, and the mean tokens of an aggregation."""
-    own, found, length = spiral.rewards_of(task, [problem], [traces[:8]]), {}, []
-    wide = lambda a: torch.nn.functional.pad(a, (0, 16 - a.shape[-1]))                   # noqa: E731
-    tables, means = {}, {}
-    for n in (4, 2):
-        sets = torch.tensor(list(itertools.combinations(range(8), n)))
-        tables[n], tokens = rewards_of_sets(policy, task, problem, traces, torch.stack([s[torch.randperm(n, generator=generator)] for s in sets]), MOST, config, generator)
-        means[n], length = wide(spiral.search_advantages(tables[n][None], sets[None], 8))[0], length + [tokens]
-    for name, design in DESIGNS.items():
-        if not design:
-            found[name] = (a := wide(spiral.grpo_advantages(own))), a[0]
-            continue
-        num_traces, n, num_sets, num_aggregations, balanced, estimator = design
-        if num_traces == 16:
-            sets = torch.stack([spiral.draw_sets(16, n, num_sets, generator, balanced) for _ in range(DIRECT)])          # [D, K, n]
-            rewards = rewards_of_sets(policy, task, problem, traces, sets.flatten(0, 1), num_aggregations, config, generator)[0]
-            draws = spiral.search_advantages(rewards.view(DIRECT, num_sets, -1), sets, 16, balanced, estimator)
-        else:
-            sets, rows = pools[name]
-            rewards = tables[n][rows]                                                                                    # [D, K, 4]
-            order = torch.rand(rewards.shape, generator=generator).argsort(-1)[..., :num_aggregations]
-            draws = spiral.search_advantages(rewards.gather(-1, order), sets, 8, balanced, estimator)
-        shared = num_traces == 8 and estimator == "leave-one-out"
-        found[name] = wide(draws), means[n] if shared else wide(draws).mean(0)
-    return found, length[0], length[1]
-
-
-def measure(policy, task, config, num_problems, num_rollouts):
-    """{design: [problems][second moment, signal]}, and the mean tokens {trace, aggregation of 4, of 2}."""
-    result, lengths, began = {name: [] for name in DESIGNS}, [], time.time()
-    pools, generator = {}, torch.Generator().manual_seed(0)
-    for name, design in DESIGNS.items():
-        if design and design[0] == 8:
-            place = {s: i for i, s in enumerate(itertools.combinations(range(8), design[1]))}
-            sets = torch.stack([spiral.draw_sets(8, *design[1:3], generator, design[4]) for _ in range(DRAWS)])
-            pools[name] = sets, torch.tensor([[place[tuple(sorted(s))] for s in drawn] for drawn in sets.tolist()])
-    for number, problem in enumerate(task.problems("validation", num_problems, 1)):
-        prompt, generator = policy.tokenizer.chat(task.prompt(problem)), torch.Generator().manual_seed(number)
-        _, samples, (texts,) = spiral.search(policy, task, [problem], config, 16 * num_rollouts, generator)
-        gradients = trace_gradients(policy, prompt, samples)
-        products = (gradients @ gradients.T).view(num_rollouts, 16, num_rollouts, 16)
-        rollouts = []
-        for r in range(num_rollouts):
-            with torch.no_grad():
-                found, four, two = rollout_advantages(policy, task, problem, texts[16 * r:16 * r + 16], config, generator, pools)
-            rollouts.append(found)
-            lengths.append([samples.mask.sum().item() / len(samples.mask), four, two])
-        for name, rows in result.items():
-            second = [torch.einsum("di,ij,dj->d", draws, products[r, :, r], draws).mean().item() for r, draws in enumerate(f[name][0] for f in rollouts)]
-            means = [f[name][1] for f in rollouts]
-            crossed = [(means[r] @ products[r, :, q] @ means[q]).item() for r, q in itertools.combinations(range(num_rollouts), 2)]
-            rows.append([float(f"{np.mean(second):.5g}"), float(f"{np.mean(crossed):.5g}")])
-        print(f"problem {number + 1}/{num_problems}  {time.time() - began:.0f}s", flush=True)
-    return result, [round(x, 2) for x in np.mean(lengths, 0).tolist()]
-
-
-def table(result, draws=4000):
-    """Lines of the table of all policies in the file."""
-    lines = []
-    for policy, entry in result.items():
-        lines += [f"| {policy}: {entry['problems']} problems, {entry['rollouts']} rollouts each | variance | signal | noise | tokens until signal = noise |", "|---|---|---|---|---|"]
-        trace, four, two = entry["lengths"]
-        choice = np.random.default_rng(0).integers(entry["problems"], size=(draws, entry["problems"]))
-        for name, pairs in entry["designs"].items():
-            size = DESIGNS[name]
-            tokens = size[0] * trace + size[2] * size[3] * (four if size[1] == 4 else two) if size else 8 * trace
-            pairs = np.array(pairs)
-            noise = lambda mean: (mean[..., 0] - mean[..., 1]) / np.maximum(mean[..., 1], 1e-9)             # noqa: E731
-            low, high = np.quantile(noise(pairs[choice].mean(1)), (0.025, 0.975))
-            second, signal = pairs.mean(0)
-            show = lambda x: f"{x:,.0f}" if x < 1e6 else "unbounded"                                        # noqa: E731
-            lines.append(f"| {name} | {second - signal:.0f} | {signal:.2f} | {show(noise(pairs.mean(0)))} ({show(low)} to {show(high)}) | "
-                         f"{show(tokens * noise(pairs.mean(0)))} |")
-        lines.append("")
-    return lines
+def moments(products, rewards, scores, curve, weight, num_sets, num_aggregations):
+    """Of a credit, for one problem: E|g|^2, E g . E g, E g . t and t . t, t the true gradient."""
+    rollouts, generator = len(rewards), torch.Generator().manual_seed(0)
+    every = torch.tensor(SETS).expand(rollouts, -1, -1)  # [R, 70, n]
+    right = rewards[:, SETS].sum(-1).long()  # [R, 70]
+    plain = spiral.curve_advantages(rewards, curve, N)  # [R, N1]
+    residual = weight * (scores - curve[right][..., None])  # [R, 70, N2]
+    true = spiral.search_advantages(scores, every, N1)
+    mean = plain + spiral.search_advantages(residual, every, N1)
+    result = []
+    for a, b in ((mean, mean), (mean, true), (true, true)):
+        pairs = torch.einsum("ri,riqj,qj->rq", a, products, b)  # independent off the diagonal
+        result.append((pairs.sum() - pairs.trace()).item() / (rollouts * (rollouts - 1)))
+    drawn = [spiral.draw_sets(N1, N, num_sets, generator, True) for _ in range(DRAWS)]
+    rows = [[SETS.index(sorted(chosen)) for chosen in sets.tolist()] for sets in drawn]
+    part = residual[:, rows, :num_aggregations].flatten(0, 1)  # [R * D, K, N2]
+    noisy = spiral.search_advantages(part, torch.stack(drawn).repeat(rollouts, 1, 1), N1, True)
+    noisy = noisy.view(rollouts, DRAWS, N1) + plain[:, None]
+    second = torch.einsum("rdi,rirj,rdj->rd", noisy, products, noisy).mean().item()
+    return [second, *result]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=40)
-    parser.add_argument("--rollouts", type=int, default=6, help="per problem")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs=2, default=(40, 6), help="problems, rollouts")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--name", default="start", help="what the result calls this policy")
-    parser.add_argument("--table", action="store_true", help="print the table from the result file, and stop")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)
+    policy, task = spiral.load_policy(config), tasks.make_task(config.task)
+    generator = torch.Generator().manual_seed(args.seed)
+    count, rollouts = args.sizes
+    problems = tqdm(task.problems("validation", count, args.seed))
+    found = [roll_out(policy, task, x, config, rollouts, generator) for x in problems]
+    _, rewards, scores, tokens = zip(*found, strict=True)
+    right = torch.stack(rewards)[..., SETS].sum(-1)  # [problems, R, 70]
+    measured = [torch.stack(scores)[right == c].mean().item() for c in range(N + 1)]
+    entry = {"command": sys.argv, "seed": args.seed, "tokens": sum(tokens) / len(tokens)}
+    entry |= {"curve": measured, "credits": {}}
+    for name, (curve, *design) in CREDITS.items():
+        curve = torch.tensor(curve or measured)
+        entry["credits"][name] = [moments(*each[:3], curve, *design) for each in found]
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    if not args.table:
-        torch.set_num_threads(1)
-        config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)
-        designs, lengths = measure(spiral.load_policy(config), tasks.make_task(config.task), config, args.problems, args.rollouts)
-        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}              # another policy's may have come meanwhile
-        result[args.name] = {"machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}", "problems": args.problems, "rollouts": args.rollouts,
-                             "lengths": lengths, "designs": designs}
-        RESULT.write_text(json.dumps(result) + "\n")
-    print("\n".join(table(result)))
+    RESULT.write_text(json.dumps(result | {args.name: entry}) + "\n")
 
 
 if __name__ == "__main__":
