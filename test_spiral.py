@@ -914,14 +914,22 @@ def test_the_problem_stream_shuffles_every_epoch_anew():
     assert first != second and first != other
 
 
-def group_of(*rewards, text=""):
-    return spiral.Group([], [completion(text=text, reward=r) for r in rewards])
+def group_of(marks):
+    """Completions that are right (1), wrong (0), or cut off without an answer (?)."""
+    members = []
+    for mark in marks:
+        cut, text = mark == "?", "Answer: " + mark
+        tokens, logprobs = ([7], [-0.5]) if cut else ([7] * 3, [-0.5] * 3)
+        c = completion(tokens=tokens, logprobs=logprobs, truncated=cut, text=mark if cut else text)
+        c.reward = float(mark == "1")
+        members.append(c)
+    return spiral.Group([], members)
 
 
 def test_the_response_curve_counts_aggregations_by_right_candidates():
     sets = torch.tensor([[0, 1], [2, 0], [3, 2]])  # 2, 1 and 0 right candidates
-    answers = [group_of(1, 1), group_of(1, 0), group_of(0, 0)]
-    record = spiral.Record(None, group_of(1, 1, 0, 0), answers, sets)
+    answers = [*map(group_of, ["11", "10", "00"])]
+    record = spiral.Record(None, group_of("1100"), answers, sets)
     counts = spiral.response_counts([record, record], 2)
     assert counts.tolist() == [[0, 2, 4], [4, 4, 4]]
 
@@ -948,110 +956,82 @@ def test_majority_vote(answers):
     assert spiral.majority_vote(given) == VOTES[answers]
 
 
-def test_a_vote_of_nobody_is_wrong_whatever_the_truth():
-    assert spiral.vote_reward(tasks.Math(), group_of(1, 1, text="?").completions) == 0.0
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """scripted(write): from now on write(prompts, count) gives the texts [prompts][count]; "?" is
-    cut off. Returns the list of what is asked for."""
-
-    def install(write):
-        asked = []
-
-        def sample(policy, prompts, limit, heat=1.0, count=1, generator=None, rows=0, lattice=1):
-            asked.append((len(prompts), limit, count, lattice))
-            results = []
-            for texts in write([TINY.decode(prompt) for prompt in prompts], count):
-                results.append([])
-                for text in texts:
-                    tokens = TINY.encode(text) + TINY.eos_ids * (text != "?")
-                    logprobs, truncated = [-0.5] * len(tokens), text == "?"
-                    c = completion(tokens=tokens, logprobs=logprobs, truncated=truncated)
-                    results[-1].append(c)
-            return results
-
-        monkeypatch.setattr(spiral, "sample", sample)
-        return asked
-
-    return install
-
-
-def play(script):
-    """A `write` of given texts, call by call."""
-    calls = iter(script)
-
-    def write(prompts, count):
-        return next(calls)
-
-    return write
-
-
 TASK = tasks.Arithmetic()
-TWO = TASK.problems("test", 2, 0)
 
 
-def add_candidates(prompts, count):
-    """Answers with the sum of the candidates' answers; without candidates, with powers of 10."""
-    texts = []
-    for prompt in prompts:
-        answers = [int(found) for found in re.findall("Answer: ([0-9]+)\n</cand", prompt)]
-        sums = [sum(answers)] if answers else [10**i for i in range(count)]
-        texts.append([f"Answer: {answer}" for answer in sums])
-    return texts
+def test_a_vote_of_nobody_is_wrong_whatever_the_truth():
+    silent = group_of("??").completions
+    silent[0].reward = 1.0
+    assert spiral.vote_reward(TASK, silent) == 0.0
 
 
-@each("set_size", [2, 4])
-def test_self_aggregation_aggregates_members_of_the_step_before(set_size, scripted):
-    asked, config = scripted(add_candidates), spiral.Config(set_size=set_size, population=4)
-    how = TASK, TWO, config, None, 2, seeded()
-    history = spiral.recursive_self_aggregation(text_policy(), *how)
-    assert asked == [(2, 80, 4, 4), (8, 96, 1, 1), (8, 96, 1, 1)]  # fresh traces share a lattice
-    answers = [
-        [[int(c.text.split()[1]) for c in group.completions] for group in step] for step in history
-    ]
-    assert answers[0] == [[1, 10, 100, 1000]] * 2
-    for before, after in itertools.pairwise(answers):
-        for population, found in zip(before, after, strict=True):
-            possible = set(map(sum, itertools.combinations(population, set_size)))
-            assert len(found) == 4 and {*found} <= possible
-            assert set_size == 4 or len({*found}) > 1
+def script(monkeypatch, traces, answers):
+    """search() finds these groups, in whole lattices, and aggregate() gives one answer a set."""
+    answers = iter(answers)
+
+    def search(policy, task, problems, config, count, generator, lattice):
+        found = [*map(group_of, traces)]
+        assert lattice == config.population and {len(g.completions) for g in found} == {count}
+        return found
+
+    def aggregate(policy, task, problems, sets, config, count, generator):
+        assert count == 1 and {*map(len, sets)} == {config.set_size}
+        return [group_of(next(answers)) for _ in zip(problems, sets, strict=True)]
+
+    monkeypatch.setattr(spiral, "search", search)
+    monkeypatch.setattr(spiral, "aggregate", aggregate)
+    return answers
 
 
-def test_evaluation_numbers_by_hand(scripted):
-    """Two problems, four traces each, in lattices of two; sets of two; a step of RSA on two."""
-    r0, r1 = (f"Answer: {problem['value']}" for problem in TWO)
-    w0, w1 = (f"Answer: {problem['value'] + 1}" for problem in TWO)
-    traces = [[r0, r0, w0, "?"], [w1, w1, "?", w1]]
-    of_sets = [[r0], [w0], [r1], ["?"]]  # with 2, 0, 0, 0 right traces
-    asked = scripted(play([traces, of_sets, [[r0], ["?"], [r1], [r1]]]))
-    config = spiral.parse_config(ROLLOUT.split())
-    scores = spiral.evaluate(text_policy(), TASK, TWO, config, None)
-    assert asked == [(2, 10, 4, 2), (4, 8, 1, 1), (4, 8, 1, 1)]
+def test_evaluation_numbers_by_hand(monkeypatch):
+    """Two problems, four traces each, in lattices of two; sets of two, with 2, 0, 0, 0 right
+    traces; a step of RSA on two."""
+    rest = script(monkeypatch, ["110?", "00?0"], "101?" + "1?11")
+    scores = spiral.evaluate(None, TASK, [0, 1], spiral.parse_config(ROLLOUT.split()), seeded())
     names = "pass@1,pass@2,majority@4,aggregate@2,emergent,rsa step 1,entropy,length,truncated"
     expected = [2 / 8, 1 / 4, 1 / 2, 2 / 4, 1 / 3, 3 / 4, 0.5, (6 * 3 + 2) / 8, 2 / 8]
     assert [scores[name] for name in names.split(",")] == pytest.approx(expected)
+    assert not list(rest)
 
 
-def test_solve_votes_hides_thoughts_and_shows_a_text_when_nothing_parses(scripted, capsys):
-    seen, script = (
-        [],
-        play([[["<think>one</think>two", "what"] * 2], [["Answer: 3"]] * 3 + [["?"]]]),
-    )
-
-    def write(prompts, count):
-        seen.extend(prompts)
-        return script(prompts, count)
-
-    scripted(write)
+def test_solve_votes_and_shows_a_text_when_nothing_parses(monkeypatch, capsys):
+    script(monkeypatch, ["????"], "33?2")
     config = spiral.Config(set_size=2, population=4, rsa_steps=1)
-    assert spiral.solve(text_policy(), TASK, TASK.question("1+2"), config, seeded()) == "3"
+    assert spiral.solve(None, TASK, None, config, seeded()) == "3"
     printed = capsys.readouterr().out
-    assert all(
-        words in printed for words in ("4 x no answer", "<think>one", "3 x 3,  1 x no answer")
-    )
-    assert "two" in "".join(seen) and "one<" not in "".join(seen)
+    assert all(part in printed for part in ("4 x no answer", "texts: ?", "2 x 3", "1 x 2"))
+
+
+@each("set_size", [2, 4])
+def test_self_aggregation_aggregates_members_of_the_step_before(set_size, monkeypatch):
+    def group(*texts):
+        return spiral.Group([], [completion(text=str(text)) for text in texts])
+
+    def search(policy, task, problems, *rest):
+        return [group(x, 10 * x, 100 * x, 1000 * x) for x in problems]
+
+    def aggregate(policy, task, problems, sets, *rest):
+        return [group(sum(map(int, texts))) for texts in sets]
+
+    monkeypatch.setattr(spiral, "search", search)
+    monkeypatch.setattr(spiral, "aggregate", aggregate)
+    config = spiral.Config(set_size=set_size, population=4)
+    history = spiral.recursive_self_aggregation(None, None, [1, 2], config, None, 2, seeded())
+    for problem in (0, 1):
+        populations = [[int(c.text) for c in step[problem].completions] for step in history]
+        assert len(populations) == 3
+        for old, new in itertools.pairwise(populations):
+            assert len(new) == 4 and {*new} <= {*map(sum, itertools.combinations(old, set_size))}
+            assert set_size == 4 or len({*new}) > 1
+
+
+def test_candidates_come_without_their_hidden_thinking(monkeypatch):
+    monkeypatch.setattr(spiral, "complete", lambda policy, task, problems, prompts, *_: prompts)
+    texts = ["<think>secret</think>open", "plain"]
+    how = TASK.problems("test", 1, 0), [texts], spiral.Config(), 1, None
+    (prompt,) = spiral.aggregate(text_policy(), TASK, *how)
+    shown = TINY.decode(prompt)
+    assert "\nopen\n" in shown and "\nplain\n" in shown
 
 
 # ---- Command line ----
@@ -1194,8 +1174,7 @@ def test_end_to_end(algo, coin_rewards, tmp_path, capsys):
     assert (after["policy"], before["policy"]) == ("step 2", "start")
     assert after["entropy"] != before["entropy"]
     assert run(*command, 1) == 0  # fewer steps than are done
-    assert sorted(map(str, rows(path))) == sorted(map(str, [before, after]))
-    assert rows(tmp_path / "metrics.jsonl") == metrics
+    assert len(rows(path)) == 2 and rows(tmp_path / "metrics.jsonl") == metrics
     assert run(*command, 0, "--model", tmp_path / "step-2") == 0
     assert rows(path)[-1] == {**after, "policy": "step-2"}
 
@@ -1306,8 +1285,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step   2/2") == 1 and len(rows(two / "evaluation.jsonl")) == 2
     for a, b in zip(*(rows(out / "metrics.jsonl") for out in (one, two)), strict=True):
-        for key in ("loss", "grad_norm", "useful", "curve"):
-            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) and a["grad_norm"]
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4) and a["grad_norm"]
     pair = (load(out / "step-2").model.parameters() for out in (one, two))
     assert all(torch.allclose(*weights, atol=1e-4) for weights in zip(*pair, strict=True))
     assert spiral.statistics([])  # of a process that has no problem
