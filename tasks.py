@@ -1,13 +1,13 @@
-"""The reasoning environments, and the tokenizer of the tiny policy. A task is an object with methods
+"""The reasoning environments, and the tokenizer of the tiny policy. A task has these methods:
 
-    problems(split, count, seed) -> list     up to `count` distinct ones; the splits never share one
-    prompt(problem) -> str                   the question, and the format of the answer
-    answer(text) -> str or None              what a completion answers, spelled one way: votes count it
-    reward(problem, text) -> 0.0 or 1.0      the verifier; `text` is a completion, any string at all
-    question(text) -> problem                what a person asks with --ask, or ValueError
+    problems(split, count, seed) -> list    up to `count` distinct ones; the splits never share one
+    prompt(problem) -> str                  the question, and the format of the answer
+    answer(text) -> str or None             what a completion answers; votes count these spellings
+    reward(problem, text) -> 0.0 or 1.0     the verifier; `text` is any string at all
+    question(text) -> problem               what a person asks with --ask, or ValueError
 
-Completions are hostile input: they are parsed, with bounds on length, depth and the size of integers,
-and never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
+Completions are hostile: they are parsed, with bounds on length, depth and the size of integers, and
+never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
 """
 
 import ast
@@ -22,6 +22,7 @@ import threading
 import zlib
 from fractions import Fraction
 from operator import add, eq, mul, sub
+from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 import tiktoken
@@ -34,28 +35,22 @@ COUNTDOWN = (
     '\nThink step by step, then end with one line "Answer: <expression>".\n',
 )
 ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
-WORDS = (
-    *COUNTDOWN,
-    *ARITHMETIC,
-    ANSWER,
-    YES,
-    NO,
-    ", ",
-    "none",
-)  # each is one token to the tiny policy
+WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")  # each is one token
+MATH = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = (
-    "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is right, "
-    "settle their disagreements, and if all are wrong try another way. Then end with the answer in "
-    "the format asked for.\n"
+    "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is "
+    "right, settle their disagreements, and if all are wrong try another way. Then end with the "
+    "answer in the format asked for.\n"
 )
+TABLES = Path(__file__).with_name("spellings.txt").read_text("utf-8")
+EXPRESSION, LATEX, NUMERALS, UNITS = TABLES.split("\n\n")
 SPLITS = ("test", "validation", *["train"] * 8)
-MAX_ANSWER, MAX_DEPTH, MAX_PROBLEM, MAX_SECONDS = 200, 20, 20_000, 3
+MAX_ANSWER, MAX_DEPTH, MAX_TEXT, MAX_SECONDS = 200, 20, 20_000, 3
 
 
 class TinyTokenizer:
-    """A tiktoken encoding built here. Integers below 1000, the tasks' WORDS and the role markers
-    are single tokens, so that readable prompts stay short."""
+    """A tiktoken encoding: integers below 1000, WORDS and role markers are single tokens."""
 
     def __init__(self):
         words = [*WORDS, *map(str, range(10, 1000))]
@@ -78,15 +73,15 @@ class TinyTokenizer:
         return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
 
     def chat(self, text):  # markers in `text` become role markers
-        allowed = set(self.markers)
-        return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
 
 
 def rewrite(text, table):
-    """Apply each rule pattern=>replacement of a table; there are no spaces in a rule."""
+    """Apply each rule pattern=>replacement of a table."""
     for rule in table.split():
-        pattern, replacement = rule.split("=>")
-        text = re.sub(pattern, replacement, text)
+        pattern, arrow, replacement = rule.partition("=>")
+        if arrow:
+            text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -99,16 +94,17 @@ def balanced(opening, closing):
 
 
 ANSWER_LINE = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*")
+INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
 BARE = r"[-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])"
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))")
 
 
 def after_thought(text):
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    return text.rpartition("</think>")[2].partition("<think>")[0][-MAX_TEXT:]
 
 
 def extract_answer(text):
-    """What follows the last "Answer:" on its line, or the next, without decoration; None: nothing."""
+    """What follows the last "Answer:" on its line or the next, undecorated; None: nothing."""
     parts = ANSWER_LINE.split(after_thought(text))
     line = parts[-1][:MAX_ANSWER].split("\n")[0] if len(parts) > 1 else ""
     return line.rstrip(" \t\r.$*`") or None
@@ -116,7 +112,7 @@ def extract_answer(text):
 
 def final_answer(text):
     r"""What the last \boxed{...} holds, else the last "Answer:" line, else ""."""
-    boxes = [match[1] or match[2] or "" for match in BOX.finditer(after_thought(text))]
+    boxes = [match[match.lastindex] for match in BOX.finditer(after_thought(text))]
     short = [box for box in boxes if len(box) <= MAX_ANSWER]
     return short[-1] if short else extract_answer(text) or ""
 
@@ -124,12 +120,6 @@ def final_answer(text):
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": Fraction}
 NODES = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
 SHORT = re.compile(r"(?!.*[0-9]{10})(?!(?:[^(]*\(){21})[-+*/() 0-9]{1,200}")
-EXPRESSION = r"""
-[−–—]=>- (?<=[0-9])(?:\{,\}|\\?,|[\u2009\u202f\u00a0\x20])(?=[0-9]{3}(?![0-9]))=>
-\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}=>(\1/\2) \\(?:boxed|fbox|left|right|[,;!\s()\[\]])|[$`]=>
-\\(?:times|cdot|ast)|[×·⋅∙∗]|(?<=[0-9)\]\s])[xX](?=[0-9(\[\s])=>* \\div|[÷⁄∕]=>/
-[\[{<]=>( [\]}>]=>) ^[\s=]+|[\s,;.!✓✔✅]+$=>
-"""
 
 
 def calculate(tree):
@@ -139,7 +129,7 @@ def calculate(tree):
 
 
 def evaluate(text):
-    """(value, integers, spelling) of an expression with + - * / and parentheses. Raises ValueError for
+    """(value, integers, spelling) of an expression with + - * / and parentheses; ValueError for
     anything else: over 200 characters, 9 digits or 20 parentheses, `**`, signs, division by 0."""
     try:
         tree = ast.parse(SHORT.fullmatch(text.strip())[0], mode="eval").body
@@ -168,21 +158,18 @@ def apply(a, operator, b, limit):
 
 def write(left, operator, right):
     """(text, precedence) of two such pairs joined, with only the parentheses that are needed."""
+    (first, a), (second, b) = left, right
     mine = 1 if operator in "+-" else 2
-    lower = right[1] < mine or (right[1] == mine and operator in "-/")
-    first = f"({left[0]})" if left[1] < mine else left[0]
-    second = f"({right[0]})" if lower else right[0]
+    first = f"({first})" if a < mine else first
+    second = f"({second})" if b < mine or (b == mine and operator in "-/") else second
     return first + operator + second, mine
 
 
-def split_of(text):
-    """The split a problem belongs to for ever, by a checksum."""
+def split_of(text):  # by a checksum, for ever
     return SPLITS[zlib.crc32(text.encode()) % 10]
 
 
 class Task:
-    """What the generated tasks share."""
-
     def problems(self, split, count, seed):
         """Up to `count` distinct problems: fewer when 10,000 draws in a row bring no new one."""
         rng, found, misses = random.Random(f"{split} {seed}"), {}, 0
@@ -198,9 +185,7 @@ class Task:
         return list(found.values())
 
 
-class Countdown(Task):
-    """Reach a target with each given number used exactly once. A problem is a random solution."""
-
+class Countdown(Task):  # reach a target with each given number used exactly once
     def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
             raise ValueError("needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
@@ -238,8 +223,7 @@ class Countdown(Task):
 
     def prompt(self, problem):
         numbers, target, end = COUNTDOWN
-        listed = " ".join(map(str, problem["numbers"]))
-        return f"{numbers}{listed}{target}{problem['target']}{end}"
+        return f"{numbers}{' '.join(map(str, problem['numbers']))}{target}{problem['target']}{end}"
 
     def answer(self, text):
         """Of `3*7+5 = 21+5 = 26` the side with the most numbers, 3*7+5."""
@@ -252,12 +236,7 @@ class Countdown(Task):
         return float(any((value, sorted(integers)) == right for value, integers, _ in sides))
 
 
-LAST_INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
-
-
-class Arithmetic(Task):
-    """Compute an expression of several operations."""
-
+class Arithmetic(Task):  # compute an expression of several operations
     def __init__(self, operations=3, high=20, max_value=400):
         if not 1 <= operations <= 8 or not 2 <= high <= 100 or not 10 <= max_value <= 999:
             raise ValueError("needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
@@ -289,7 +268,8 @@ class Arithmetic(Task):
 
     def answer(self, text):
         """The integer on the answer line; without such a line the last one of the text."""
-        integers = re.findall(LAST_INTEGER, after_thought(text))
+        text = after_thought(text)
+        integers = [] if ANSWER_LINE.search(text) else re.findall(INTEGER, text)
         sides = equation(extract_answer(text) or "".join(integers[-1:]))
         return next((spelling for _, _, spelling in sides if spelling.isdigit()), None)
 
@@ -297,60 +277,20 @@ class Arithmetic(Task):
         return float(self.answer(text) == str(problem["value"]))
 
 
-# A space is written ~ from the start, and words of \text{...} end up in quotation marks.
-LATEX = r"""
-[−–—‒]=>-~ √=>\\sqrt~ ½=>\\frac12~ ⅓=>\\frac13~ ⅔=>\\frac23~ ¼=>\\frac14~ ¾=>\\frac34~ ∞=>\\infty~
-π=>\\pi~ θ=>\\theta~ α=>\\alpha~ β=>\\beta~ γ=>\\gamma~ λ=>\\lambda~ μ=>\\mu~ φ=>\\phi~ ω=>\\omega~
-∅=>\\emptyset~ ≤=>\\le~ ≥=>\\ge~ ≠=>\\ne~ ≈=>\\approx~ ∪=>\\cup~ ∩=>\\cap~ ∈=>\\in~ ±=>\\pm~
-[·⋅]=>\\cdot~ ×=>\\times~ [÷⁄∕]=>/ ⁰=>^0~ ¹=>^1~ ²=>^2~ ³=>^3~ ⁴=>^4~ ⁵=>^5~ ⁶=>^6~ ⁷=>^7~ ⁸=>^8~ ⁹=>^9~
-(?:\s|(?<!\\)\\[,:;\s]|\\q?quad(?![a-z]))+=>~ ["“”`]|^~?\*+|\*+~?$=>
-\\(?:text(?:bf|it|rm|normal|tt)?|math(?:rm|bf|it|sf)|mbox)~?\{([^{}]*)\}=>"\1"
-(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|rm|bf|it)(?![A-Za-z])=>
-(?<!\\)\\(?:underline|boxed|fbox)(?=[~{])|\\(?:text)?color~?\{\w+\}=> \{([,:])\}=>\1
-(?<!\\)\\[!$%()[\]]|\\degree|\^~?\{?~?\\circ~?\}?|[$%°]=> \\[dtc]frac=>\\frac
-\{([^{}]*)\\over~?([^{}]*)\}=>\\frac{\1}{\2} \\frac~?([0-9])~?(?=[0-9{])=>\\frac{\1}
-(\\frac\{[^{}]*\})~?([0-9])=>\1{\2} \\(le|ge|ne)(?:q|qslant|slant)(?![a-z])=>\\\1
-\\?(?<![A-Za-z])(sqrt|sin|cos|tan|log|ln|pi|infty)(?![A-Za-z])=>\\\1
-\\sqrt~?(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))=>\\sqrt{\1\2} \\langle=>( \\rangle=>)
-\\varnothing|\\\{~?\\\}=>\\emptyset (?<=.)~?\\approx.*=>
-\b(?:square|sq\.?)~([A-Za-z]+)=>\1^2 \bcubic~([A-Za-z]+)=>\1^3
-,?~*"?~*(?<![A-Za-z(])(?:or|and)(?![A-Za-z])~*"?|;=>, "([^"A-Za-z]*)"=>\1
-(?<=[0-9])(?<![0-9]{4})[,~](?=[0-9]{3}(?![0-9/]))(?![^(\[{]*[)\]}])=>
-~+(?![0-9A-Za-z])|(?<![0-9A-Za-z])~+|(?<=[0-9])~+(?=[A-Za-z])=> ([_^])\{(.)\}=>\1\2
-\^([0-9])\^([0-9])=>^{\1\2} \\(?:cdot|times)(?=\\sqrt|\\pi|[a-z])=> ^(.*)\\pm~?(.*)$=>\1+\2,\1-\2
-\.+$=> ^"?\(([A-J])\)"?(?=.)=>"\1"=
-"""
-NUMERALS = r"""
-\\frac\{(-?[0-9]+)\}\{([0-9]+)\}=>~\1/\2 ^([+-]?)~=>\1
-(?:\\times|\\cdot|\*)~?10\^\{?(-?[0-9]{1,2})\}?$=>e\1
-"""
 NUMBER = re.compile(
     r"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*"
     r"|(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{[0-9]+\})?)"
 )
-# A plural s is understood. A single letter may be a variable, unless it is text.
-UNITS = """
-mm cm m km centimeter centimetre meter metre kilometer inch foot feet ft yard yd mile mi acre g gram kg
-kilogram mg pound lb ounce oz ton second sec s minute min hour hr h day week month year L liter ml quart
-gallon gal pint unit degree deg radian rad dollar cent euro rupee mph km/h m/s ft/s N J W V Hz p.m a.m pm
-am percent people person child children man men woman women student boy girl apple orange book page car
-ball marble coin egg cookie box bag ticket game point time way number integer solution piece slice item
-tree bird cat dog fish chair table pencil pen card side edge face triangle friend bottle cup shirt flower
-"""
-UNIT_NAMES = """
-(?:^|(?<=kilo)|(?<=centi))met(?:er|re)=>m kilo=>k centi=>c foot|feet=>ft hour|hr=>h minute=>min
-second|sec=>s pound=>lb
-"""
-UNIT = re.compile(
-    r'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{2}))(%s)(?:e?s)?\.?"?(\^[23])?\.?"?'
-    % "|".join(UNITS.split())
-)
+# A plural s is understood. A single letter may be a variable, unless it is text
+UNIT = "|".join(UNITS.split())
+UNIT = rf'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{{2}}))({UNIT})(?:e?s)?\.?"?((?:\^[23])?)\.?"?'
 TEXT = re.compile(r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_')
+worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
 INSIDE = balanced(r"(\[{", r")\]}")
 COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
 GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
 NAME = re.compile(
-    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
+    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+(?![a-z])|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
     r"|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)"
 )
 
@@ -363,27 +303,30 @@ def number(text):
     digits, _, period = plain.strip("+-}").partition(r"\overline{")
     value = sum(map(Fraction, digits.split("~")))
     if period:
-        decimals = len(digits.partition(".")[2])
-        value += Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
+        places = len(digits.partition(".")[2])
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10**places)
     return str(-value if plain[0] == "-" else value)
 
 
-def parse_node(text):
-    """[name, value, unit]: a number in lowest terms, text behind a quotation mark, or LaTeX. Of a list
-    [name, nodes, brackets], which are {} for a set and for a bare list of anything but words."""
-    parts = COMMA.split(text)
+def parse(text, table=LATEX):
+    """[name, value, unit] with a number, text behind a quotation mark, or LaTeX as value. Of a list
+    [name, nodes, brackets]: {} of a set, and of a bare list of anything but words."""
+    text = rewrite(text, table)
+    found = GROUP.fullmatch(text)
+    brackets = found[1] + found[3] if found else "()" if TEXT.search(text) else "{}"
+    parts = COMMA.split(found[2] if found else text)
     if len(parts) > 1:
-        return [None, [parse_node(part) for part in parts], "()" if TEXT.search(text) else "{}"]
+        nodes = [parse(part, "") for part in parts]
+        if brackets == "{}":  # in one order: numbers first
+            nodes.sort(key=lambda node: ("\\" in str(node), str(node)))
+        return [None, nodes, brackets]
+    if found:
+        return parse(found[2], "")
     if found := NAME.match(text):
-        return [found[1].rstrip('"').casefold(), *parse_node(text[found.end() :])[1:]]
-    if found := GROUP.fullmatch(text):
-        node = parse_node(found[2])
-        if COMMA.search(found[2]):
-            node[2] = found[1] + found[3]
-        return node
+        return [found[1].rstrip('"').casefold(), *parse(text[found.end() :], "")[1:]]
     unit = ""
-    if found := UNIT.fullmatch(text):
-        text, unit = found[1], rewrite(found[2], UNIT_NAMES) + (found[3] or "")
+    if found := re.fullmatch(UNIT, text):
+        text, unit = found[1], found[2] + found[3]
     if value := number(text):
         text = value
     elif TEXT.search(text):
@@ -391,40 +334,25 @@ def parse_node(text):
     return [None, text, unit]
 
 
-def parse_answer(text):
-    return parse_node(rewrite(text, LATEX))
-
-
 def spell(node):
     """One spelling for all answers with the value of the node."""
     _, value, brackets = node
-    if isinstance(value, str):
-        return value.lstrip('"')
-    parts = [spell(part) for part in value]
-    return brackets[0] + ", ".join(sorted(parts) if brackets == "{}" else parts) + brackets[1]
+    if isinstance(value, list):
+        return brackets[0] + ", ".join(map(spell, value)) + brackets[1]
+    return value.lstrip('"')
 
 
 def agree(right, answer, same):
-    """Whether nodes are equal; same(a, b) compares values. Name and unit may be missing, not differ."""
+    """Whether nodes are equal, by same(a, b) of values; name and unit unless they are missing."""
     (name, value, unit), (other_name, other_value, other_unit) = right, answer
     if name == other_value or other_name == value:  # (B) 12 is as right as B
         return True
     for one, other in ((name, other_name), (unit, other_unit)):
         if one and other and one != other:
             return False
-    if not isinstance(value, list) or not isinstance(other_value, list):
-        return same(value, other_value)
-    rest = list(other_value)
-    for part in value:
-        candidates = rest if unit == "{}" else rest[:1]
-        found = [other for other in candidates if agree(part, other, same)]
-        if not found:
-            return False
-        rest.remove(found[0])
-    return not rest
-
-
-worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
+    if isinstance(value, list) and len(value) == len(other_value):
+        return all(agree(*pair, same) for pair in zip(value, other_value, strict=True))
+    return same(value, other_value)
 
 
 @functools.lru_cache(maxsize=100_000)  # the completions of a problem mostly agree
@@ -434,10 +362,8 @@ def equivalent(right, answer):
     with lock, contextlib.suppress(OSError):
         process, worker = worker, None  # an interrupt loses the process, and with it a late reply
         if process is None or (process and process.poll() is not None):
-            command = [sys.executable, __file__]
-            process = Popen(
-                command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True
-            )
+            pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True}
+            process = Popen([sys.executable, __file__], **pipes, start_new_session=True)
             if not process.stdout.readline():
                 process.wait()
                 process = False
@@ -456,8 +382,8 @@ def exact_library():
     import math_verify
     import sympy.physics.units  # reads texts by eval when first imported
 
-    def read_number(code, *scopes):  # sympy reads even numbers by eval, and only numbers
-        return sympy.Rational(re.fullmatch(r"\w+ \('?([0-9.]+)'? \)", code)[1])
+    def read_number(text, **options):
+        return sympy.Rational(text)
 
     def equal(a, b, *tolerances):
         return all(entry.equals(0) for entry in sympy.Matrix([(a - b).doit()]))
@@ -470,17 +396,17 @@ def exact_library():
         pair = [read(text.replace("~", " ")) for text in (right, answer)]
         return math_verify.verify(*pair, timeout_seconds=None)
 
-    sympy.parsing.sympy_parser.eval_expr = read_number
-    grader = math_verify.grader
-    grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
-    grader.sympy_numeric_eq = grader.sympy_symbolic_eq = equal
+    sympy.parsing.sympy_parser.parse_expr = (
+        read_number  # without it sympy reads even numbers by eval
+    )
+    math_verify.grader.sympy_numeric_eq = equal
+    math_verify.grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
     assert same(r"\frac{1}{2}+x", "x+0.5")
     return same
 
 
 def serve():
-    """The worker: a line 1 or 0 for each line [right, answer] of standard input. When a pair takes too
-    long the kernel ends the process by an alarm, also when a thread of the parent asks, or it is gone."""
+    """The worker: 1 or 0 for each line [right, answer]. An alarm ends it when a pair takes long."""
     import resource  # not on Windows, where the alarm is missing as well
 
     replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
@@ -494,28 +420,25 @@ def serve():
         signal.alarm(MAX_SECONDS)
         verdict = False
         with contextlib.suppress(Exception):  # LaTeX that the library can't read
-            verdict = agree(*map(parse_answer, json.loads(line)), same)
+            verdict = agree(*map(parse, json.loads(line)), same)
         signal.alarm(0)
         print(int(verdict), file=replies, flush=True)
 
 
 class Math:
-    """Problems from a file with one JSON object a line: {"problem": text, "answer": text or number} and,
-    if you like, a "split" (else a checksum decides). Of equal problems the first counts."""
+    """Problems of a JSONL file; a checksum decides on the split, unless a row does."""
 
     def __init__(self, path=""):
         self.path, self.rows = path, {}
-        if not path:  # for `question` alone
-            return
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if line.strip():
-                        row = self.row(line)
-                        self.rows.setdefault(row["problem"], row)
-                except (ValueError, RecursionError) as error:
-                    reason = getattr(error, "msg", error)
-                    raise ValueError(f"{path} line {number}: {reason}") from None
+        lines = Path(path).read_bytes().split(b"\n") if path else []  # none: for `question` alone
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    row = self.row(line)
+                    self.rows.setdefault(row["problem"], row)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise ValueError(f"{path} line {number}: {reason}") from None
 
     def row(self, line):
         row = json.loads(line, parse_float=str)  # 0.10 stays as it is written
@@ -523,7 +446,7 @@ class Math:
             raise ValueError("not a JSON object")
         if type(row.get("answer")) is int:
             row["answer"] = str(row["answer"])
-        for name, limit in (("problem", MAX_PROBLEM), ("answer", MAX_ANSWER)):
+        for name, limit in (("problem", MAX_TEXT), ("answer", MAX_ANSWER)):
             text = row.get(name)
             if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
                 raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')
@@ -535,8 +458,8 @@ class Math:
     def problems(self, split, count, seed):
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
-            has = f'--data {self.path} has no problem in the split "{split}"'
-            raise ValueError(f"{has}, of {len(self.rows)} in all")
+            part = f'in the split "{split}", of {len(self.rows)} in all'
+            raise ValueError(f"task math: --data {self.path or '(none)'} has no problem {part}")
         random.Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 
@@ -544,15 +467,14 @@ class Math:
         return {"problem": text, "answer": ""}
 
     def prompt(self, problem):
-        end = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
-        return problem["problem"] + end
+        return problem["problem"] + MATH
 
     def answer(self, text):
-        return spell(parse_answer(final_answer(text))) or None
+        return spell(parse(final_answer(text))) or None
 
     def reward(self, problem, text):
         texts = problem["answer"], final_answer(text)
-        right, answer = map(parse_answer, texts)
+        right, answer = map(parse, texts)
         given = right[1] and answer[1]
         return float(bool(given and (agree(right, answer, eq) or equivalent(*texts))))
 
@@ -561,8 +483,7 @@ TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
 
 
 def make_task(name, data=""):
-    """A task from its name and options: "countdown", "countdown:numbers=4,high=30", or "math" with a
-    file `data`. Raises ValueError for others."""
+    """The task of a name with options like "countdown:numbers=4,high=30", or "math" with a file."""
     kind, _, options = name.replace(" ", "").partition(":")
     if kind not in TASKS:
         raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
