@@ -101,7 +101,7 @@ class Config:
     def __post_init__(self):
         """Raises AssertionError or ValueError: one line that says what to change."""
         for name, x in vars(self).items():
-            fine = not isinstance(x, (int, float)) or 0 <= x < 2**31
+            fine = isinstance(x, str) or 0 <= x < 2**31
             assert fine, f"--{name.replace('_', '-')} {x}: out of range"
         positive = self.problems * self.max_draws * self.save_every * self.population
         assert positive, "--problems, --max-draws, --save-every, --population: must be above 0"
@@ -158,8 +158,8 @@ class HubTokenizer:
         except OSError:  # no generation_config.json
             listed = settings.eos_token_id
         self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(listed).tolist()} - {None}
-        added = [str(x) for x in self.hf.added_tokens_decoder.values() if x.special]
-        self.markers = [x for x in added if x.strip()]
+        added = self.hf.added_tokens_decoder.values()
+        self.markers = [x.content for x in added if x.special and x.content.strip()]
         try:
             heard = self.chat("one") != self.chat("two")
         except Exception as error:  # a template is somebody else's program
@@ -196,7 +196,11 @@ def load_tokenizer(name):
     path = TINY if name == "tiny" else name
     if Path(path).is_dir():
         path = Path(path).resolve()  # adapters remember it
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    base, adapters = path, Path(path) / "adapter_config.json"
+    if adapters.exists():  # a checkpoint of a LoRA run, which has these alone
+        base = json.loads(adapters.read_text())["base_model_name_or_path"]
+        assert base, f"{adapters} names no base model"
+    settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
     return path, settings, tasks.TinyTokenizer() if tiny else HubTokenizer(path, settings)
 
@@ -299,6 +303,7 @@ class Completion:
     """A trace or an aggregation; while it is sampled, a row of the batch."""
 
     prompt: int  # which one of the call
+    place: int  # among the prompt's completions
     uniforms: list  # one a token
     code: float  # see draw_tokens()
     tokens: list = field(default_factory=list)  # up to and including EOS
@@ -307,7 +312,6 @@ class Completion:
     text: str = ""
     reward: float = 0.0
     advantage: float = 0.0
-    place: int = 0  # among the prompt's completions
 
 
 class Memory:
@@ -506,7 +510,7 @@ def sample(
     for i in range(len(prompts)):
         own = generators[i * len(generators) // len(prompts)]
         uniforms = draw_uniforms(num_samples, max_new_tokens, own, lattice).tolist()
-        results.append([Completion(i, row, row[0], place=j) for j, row in enumerate(uniforms)])
+        results.append([Completion(i, j, row, row[0]) for j, row in enumerate(uniforms)])
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
     active, held = [], []
     progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
@@ -564,24 +568,23 @@ def neutralise(text, markers):
 
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0:
-    no limit) the longest candidates lose their beginnings, since answers come last, and short ones
+    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no
+    limit) the longest candidates lose their beginnings, since answers come last, and short ones
     stay whole. Raises AssertionError when the problem leaves no room."""
-
-    def build(texts):
-        parts = [prompt]
-        for i, text in enumerate(texts, 1):
-            parts += [tasks.CANDIDATE.format(i), text, tasks.CANDIDATE_END]
-        return tokenizer.chat("".join(parts) + tasks.AGGREGATE)
-
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-    tokens, bodies = build(texts), [tokenizer.encode(text) for text in texts]
+    bodies = [tokenizer.encode(text) for text in texts]
     most = max(map(len, bodies))  # tokens of a candidate
-    while max_tokens and len(tokens) > max_tokens:
-        most -= 1 + (len(tokens) - max_tokens) // (2 * len(bodies))
+    while True:
+        message = prompt
+        for i, body in enumerate(bodies):
+            text = texts[i] if len(body) <= most else tokenizer.decode(body[-most:])
+            message += tasks.CANDIDATE.format(i + 1) + text + tasks.CANDIDATE_END
+        tokens = tokenizer.chat(message + tasks.AGGREGATE)
+        over = len(tokens) - max_tokens
+        if over <= 0 or not max_tokens:
+            return tokens
+        most -= 1 + over // (2 * len(bodies))
         assert most > 0, f"no room for candidates in {max_tokens} tokens: raise --max-prompt-tokens"
-        tokens = build([tokenizer.decode(body[-most:]) for body in bodies])
-    return tokens
 
 
 # ---- Advantages: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) estimates grad J ----
@@ -595,9 +598,9 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
     is then in the baseline, which cancels this fraction of its signal. published: self-inclusive
     baseline, and the mean over the sets that hold j."""
     _, num_sets, set_size = sets.shape
-    set_scores = rewards.mean(-1)  # [P, K] f_k
-    member = F.one_hot(sets, num_traces).sum(2).to(set_scores.dtype)  # [P, K, N1]
-    from_mean = set_scores - set_scores.mean(1, keepdim=True)  # [P, K]
+    scores = rewards.mean(-1)  # [P, K] f_k
+    member = F.one_hot(sets, num_traces).sum(2)  # [P, K, N1]
+    from_mean = scores - scores.mean(1, keepdim=True)  # [P, K]
     summed = (from_mean[:, :, None] * member).sum(1)  # [P, N1]
     if published:
         return summed / member.sum(1).clamp(min=1)
@@ -743,27 +746,25 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def make_optimizer(model, lr):
-    """AdamW on fp32 parameters: the model's own, or masters of those in bf16, which sum the
-    gradients of micro-batches and are copied back after a step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    masters = {p: p if p.dtype == torch.float32 else p.detach().float() for p in trained}
+    """AdamW on fp32 masters of the trained parameters, which sum the gradients of micro-batches and
+    are copied back after a step. A parameter in fp32 shares its memory with its master."""
+    masters = {p: p.detach().float() for p in model.parameters() if p.requires_grad}
     # foreach would take as much memory again
     optimizer = torch.optim.AdamW(
         masters.values(), lr, (0.9, 0.95), weight_decay=0.0, foreach=False
     )
 
     def to_master(parameter):
-        master = masters[parameter]
-        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
+        master, gradient = masters[parameter], parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 
     def from_masters(*_):
         for parameter, master in masters.items():
-            parameter.data.copy_(master.data)
+            parameter.data.copy_(master)
 
-    for parameter, master in masters.items():
-        if parameter is not master:
-            parameter.register_post_accumulate_grad_hook(to_master)
+    for parameter in masters:
+        parameter.register_post_accumulate_grad_hook(to_master)
     optimizer.register_step_post_hook(from_masters)
     return optimizer
 
@@ -771,7 +772,7 @@ def make_optimizer(model, lr):
 def update(policy, optimizer, groups, num_problems, config):
     """One optimizer step on the mean over problems of the estimate -> a dict of numbers.
     num_problems, over all processes, is the one denominator: micro-batches don't change the
-    gradient. NaN or inf never reaches the weights: then there is no step."""
+    gradient. NaN or inf never reaches the weights: then there is no step, and zeros."""
     sums = torch.zeros(3)  # loss, distance from the sampler's log-probs, tokens
     for group in micro_batches(groups, config.micro_batch_tokens):
         logprobs, old, advantages = completion_logprobs(policy.model, group, config.temperature)
@@ -787,11 +788,13 @@ def update(policy, optimizer, groups, num_problems, config):
         add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
     finite = math.isfinite(norm + loss)
-    if finite and tokens:
+    if not finite:
+        loss = norm = distance = 0.0
+    elif tokens:
         optimizer.step()
     optimizer.zero_grad()
-    stats = {"loss": loss, "grad_norm": norm, "logprob_difference": distance / max(tokens, 1)}
-    return {name: x if finite else 0.0 for name, x in stats.items()} | {"skipped": not finite}
+    away = distance / max(tokens, 1)
+    return {"loss": loss, "grad_norm": norm, "logprob_difference": away, "skipped": not finite}
 
 
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages ----
@@ -800,7 +803,7 @@ def update(policy, optimizer, groups, num_problems, config):
 def complete(policy, task, problems, prompts, config, limit, num_samples, generator, lattice=1):
     """Completions of each problem's prompt, with texts and rewards -> [P] Groups."""
     how = limit, config.temperature, num_samples, generator, 0, lattice
-    groups = [Group(*pair) for pair in zip(prompts, sample(policy, prompts, *how), strict=True)]
+    groups = list(map(Group, prompts, sample(policy, prompts, *how)))
     for problem, group in zip(problems, groups, strict=True):
         for c in group.completions:
             c.text = policy.tokenizer.decode(c.tokens)
@@ -866,8 +869,9 @@ def set_advantages(groups, advantages, target_length):
 
 def rollout(policy, task, problems, config, generators, curve=None):
     """The whole pipeline on P problems, each with its own generator -> P Records."""
-    num_sets, many, grpo = config.num_sets, config.num_aggregations, config.algo == "grpo"
-    num_traces = config.num_traces + (num_sets * many if grpo else 0)  # as many completions
+    num_traces, many, grpo = config.num_traces, config.num_aggregations, config.algo == "grpo"
+    if grpo:
+        num_traces += config.num_sets * many  # as many completions
     lattice = num_traces if config.lattice else 1
     found = search(policy, task, problems, config, num_traces, generators, lattice)  # P groups
     trace_rewards = rewards_of(found)  # [P, N1]
@@ -875,17 +879,17 @@ def rollout(policy, task, problems, config, generators, curve=None):
         sets = answers = [[]] * len(problems)
         credit = grpo_advantages(trace_rewards)
     else:
-        how = num_traces, config.set_size, num_sets
+        how = num_traces, config.set_size, config.num_sets
         sets = [draw_sets(*how, generator, config.balanced) for generator in generators]
-        how = config, many, generators
-        answers = aggregate_members(policy, task, problems, found, sets, *how)  # [P][K] groups
+        how = sets, config, many, generators
+        answers = aggregate_members(policy, task, problems, found, *how)  # [P][K] groups
         rewards = torch.stack([*map(rewards_of, answers)])  # [P, K, N2]
         credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
         credit *= config.search_weight
         own = aggregation_advantages(rewards, config.published)
         set_advantages(sum(answers, []), own, config.target_length)
     set_advantages(found, credit, config.target_length)
-    return [Record(*row) for row in zip(problems, found, answers, sets, strict=True)]
+    return list(map(Record, problems, found, answers, sets))
 
 
 def problem_at(problems, seed, i):
@@ -907,8 +911,8 @@ def collect(policy, task, problems, cursor, config, curve=None):
         mine = drawn[rank::processes]
         if mine:
             batch = [problem_at(problems, config.seed, i) for i in mine]
-            seeds = [config.seed * 1_000_003 + i for i in mine]  # of seed and place alone
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            # Randomness is a function of seed and place alone
+            generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
             records += rollout(policy, task, batch, config, generators, curve)
         found = [any(c.advantage for c in record.completions()) for record in records]
         useful = int(add_up(torch.tensor(sum(found))))
@@ -965,17 +969,16 @@ def notes(stats, start, tolerance):
 def transcript(task, records):
     """A problem as a person reads it: traces, the best set, its aggregations, and advantages."""
     record = max(records, key=lambda r: sum(abs(c.advantage) for c in r.completions()))
-    shown = [("trace", c) for c in record.search.completions]
+    titles, shown = ["trace"] * len(record.search.completions), list(record.search.completions)
     if record.aggregations:
-        set_scores = rewards_of(record.aggregations).mean(1)  # [K]
-        k = int(set_scores.argmax())
-        title = f"aggregation of traces {(record.sets[k] + 1).tolist()}, score {set_scores[k]:.2f}"
-        shown += [(title, c) for c in record.aggregations[k].completions]
+        best = int(rewards_of(record.aggregations).mean(1).argmax())
+        completions = record.aggregations[best].completions
+        titles += [f"aggregation of {(record.sets[best] + 1).tolist()}"] * len(completions)
+        shown += completions
     lines = [f"problem\n{task.prompt(record.problem)}"]
-    for i, (title, c) in enumerate(shown, 1):
-        lines.append(
-            f"{i}. {title}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}\n{c.text}"
-        )
+    for i, c in enumerate(shown):
+        title = f"{i + 1}. {titles[i]}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}"
+        lines.append(f"{title}\n{c.text}")
     return "\n".join(line.strip().replace("\n", "\n    ") for line in lines)
 
 
@@ -1009,18 +1012,15 @@ def recursive_self_aggregation(
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
     members drawn at random. population: [P] Groups to start from, else config.population fresh
     traces that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
-    size = config.population
-    groups = population or search(policy, task, problems, config, size, generator, size)
-    history = [groups]
+    size, n = config.population, config.set_size
+    history = [population or search(policy, task, problems, config, size, generator, size)]
     for _ in range(steps):
-        sets = []
-        for size in [len(group.completions) for group in groups]:
-            order = [torch.randperm(size, generator=generator) for _ in range(size)]
-            sets.append([members[: config.set_size] for members in order])
-        how = groups, sets, config, 1, generator
+        size = len(history[0][0].completions)
+        evenly = torch.ones(len(problems), size, size)  # without replacement
+        sets = [torch.multinomial(chances, n, generator=generator) for chances in evenly]
+        how = history[-1], sets, config, 1, generator
         answers = aggregate_members(policy, task, problems, *how)  # [P][size] groups of one
-        groups = [Group([], [g.completions[0] for g in of_problem]) for of_problem in answers]
-        history.append(groups)
+        history.append([Group([], [g.completions[0] for g in groups]) for groups in answers])
     return history
 
 
@@ -1072,7 +1072,6 @@ def save_checkpoint(folder, state, policy, optimizer):
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
-    policy.model.config.save_pretrained(aside)  # adapters are saved without it
     if isinstance(policy.tokenizer, HubTokenizer):  # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
     masters = optimizer.param_groups[0]["params"]
@@ -1126,20 +1125,6 @@ def lock(out):
     return file
 
 
-def finish_step_on_signals():
-    """From now on Ctrl-C and SIGTERM are noted in the list returned; a second one ends at once."""
-    signals = []
-
-    def note(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
-    return signals
-
-
 # ---- Training ----
 
 
@@ -1190,10 +1175,17 @@ def train(task, config, out):
         load_optimizer(optimizer, folder)
     metrics = open(out / "metrics.jsonl" if writes else os.devnull, "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
-    size = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
-    print(f"{config.algo} on {config.task}, {size:.1f}M parameters trained, into {out}/")
-    signals = finish_step_on_signals()
-    stop = 0
+    print(f"{config.algo} on {config.task}, into {out}/")
+    signals, stop = [], 0
+
+    def finish_step(number, _):  # a second signal ends at once, and so does one in the evaluation
+        if signals or state["step"] == config.steps:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, finish_step)
+        signal.signal(signal.SIGTERM, finish_step)
     while state["step"] < config.steps and not stop:
         stats, records = train_step(policy, optimizer, task, problems, state, config)
         print(json.dumps(stats), file=metrics, flush=True)
@@ -1210,7 +1202,6 @@ def train(task, config, out):
         print(f"saved after step {step}; the same command goes on from there")
         return 128 + max(signals, default=signal.SIGTERM)
     if writes and config.eval_problems:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         report(policy, task, config, out, f"step {state['step']}")
         del policy, optimizer  # their memory is for the next one
         report(load_policy(config), task, config, out, "start")
