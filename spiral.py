@@ -1,8 +1,8 @@
 """SPIRAL: Learning to Search and Aggregate (arXiv 2606.23595), in one file.
 
 One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it
-*aggregates*: for each of K sets G_k of n traces it writes N2 final answers z_km that read them. Only
-these are rewarded (r_km, by the task's verifier). The objective, and its gradient:
+*aggregates*: for each of K sets G_k of n traces it writes N2 final answers z_km that read them.
+Only these are rewarded (r_km, by the task's verifier). The objective, and its gradient:
 
     J(theta) = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
     grad J   = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]    search term: how useful was my set?
@@ -14,8 +14,8 @@ these are rewarded (r_km, by the task's verifier). The objective, and its gradie
 
 Simplified on purpose: no critic, no reward model, no KL term, no paged cache, no asynchronous
 rollouts, since none of them is part of the method. A model that doesn't fit one GPU belongs to
-verl or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, rollout, evaluation,
-run.
+verl or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, rollout,
+evaluation, run.
 """
 
 import collections
@@ -459,9 +459,10 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
         inputs.append([last, step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
     columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1
-    step = decode_step if policy.memory.graphs is None else replay
-    outputs = step(policy, inputs, (len(held), *columns, places), temperature)
-    for row, (token, logprob, row.code) in zip(active, outputs.T.tolist(), strict=True):
+    one_step = decode_step if policy.memory.graphs is None else replay
+    outputs = one_step(policy, inputs, (len(held), *columns, places), temperature)
+    for row, (token, logprob, left) in zip(active, outputs.T.tolist(), strict=True):
+        row.code = left
         row.tokens.append(int(token))
         row.logprobs.append(logprob)
         row.truncated = token not in policy.tokenizer.eos_ids
@@ -568,9 +569,9 @@ def neutralise(text, markers):
 
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no
-    limit) the longest candidates lose their beginnings, since answers come last, and short ones
-    stay whole. Raises AssertionError when the problem leaves no room."""
+    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens`
+    (0: no limit) the longest candidates lose their beginnings, since answers come last, and short
+    ones stay whole. Raises AssertionError when the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     bodies = [tokenizer.encode(text) for text in texts]
     most = max(map(len, bodies))  # tokens of a candidate
@@ -709,6 +710,8 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
         return logprobs.gather(-1, targets[:, None])[:, 0]
 
     size = 1 + chunk_elements // len(model.get_output_embeddings().weight)
+    if len(targets) <= size:
+        return chunk_logprobs(hidden, targets)
     again = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False)
     return torch.cat([*map(again, hidden.split(size), targets.split(size))])
 
@@ -746,9 +749,10 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def make_optimizer(model, lr):
-    """AdamW on fp32 masters of the trained parameters, which sum the gradients of micro-batches and
-    are copied back after a step. A parameter in fp32 shares its memory with its master."""
-    masters = {p: p.detach().float() for p in model.parameters() if p.requires_grad}
+    """AdamW on fp32 parameters: the model's own, or masters of those in bf16, which sum the
+    gradients of micro-batches and are copied back after a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masters = {p: p if p.dtype == torch.float32 else p.detach().float() for p in trained}
     # foreach would take as much memory again
     optimizer = torch.optim.AdamW(
         masters.values(), lr, (0.9, 0.95), weight_decay=0.0, foreach=False
@@ -761,10 +765,11 @@ def make_optimizer(model, lr):
 
     def from_masters(*_):
         for parameter, master in masters.items():
-            parameter.data.copy_(master)
+            parameter.data.copy_(master.data)
 
-    for parameter in masters:
-        parameter.register_post_accumulate_grad_hook(to_master)
+    for parameter, master in masters.items():
+        if master is not parameter:
+            parameter.register_post_accumulate_grad_hook(to_master)
     optimizer.register_step_post_hook(from_masters)
     return optimizer
 
@@ -1173,22 +1178,24 @@ def train(task, config, out):
     optimizer = make_optimizer(policy.model, config.lr)
     if folder:
         load_optimizer(optimizer, folder)
-    metrics = open(out / "metrics.jsonl" if writes else os.devnull, "a")
+    metrics = open(out / "metrics.jsonl", "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
     print(f"{config.algo} on {config.task}, into {out}/")
     signals, stop = [], 0
 
-    def finish_step(number, _):  # a second signal ends at once, and so does one in the evaluation
-        if signals or state["step"] == config.steps:
-            raise KeyboardInterrupt
+    def finish_step(number, _):
+        if signals:  # the second one ends at once
+            os._exit(128 + number)
         signals.append(number)
 
-    if threading.current_thread() is threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
         signal.signal(signal.SIGINT, finish_step)
         signal.signal(signal.SIGTERM, finish_step)
     while state["step"] < config.steps and not stop:
         stats, records = train_step(policy, optimizer, task, problems, state, config)
-        print(json.dumps(stats), file=metrics, flush=True)
+        if writes:
+            print(json.dumps(stats), file=metrics, flush=True)
         step, state["metrics_bytes"] = state["step"], metrics.tell()
         stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
         save = step % config.save_every == 0 or step == config.steps or stop
@@ -1201,6 +1208,8 @@ def train(task, config, out):
     if stop:
         print(f"saved after step {step}; the same command goes on from there")
         return 128 + max(signals, default=signal.SIGTERM)
+    if in_main_thread:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if writes and config.eval_problems:
         report(policy, task, config, out, f"step {state['step']}")
         del policy, optimizer  # their memory is for the next one
@@ -1225,7 +1234,8 @@ def report(policy, task, config, out, name):
         row |= {key: x / done for key, x in sums.items()}
         out.mkdir(parents=True, exist_ok=True)
         path = out / "evaluation.jsonl"
-        rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        path.touch()
+        rows = map(json.loads, path.read_text().splitlines())
         rows = [old for old in rows if old["policy"] != name] + [row]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for key in row:
@@ -1280,7 +1290,7 @@ def main(arguments=None):
         message, code = "interrupted", 130
     except torch.OutOfMemoryError:
         message, code = "out of memory: lower --micro-batch-tokens, --rows or the token limits", 2
-    except (AssertionError, ValueError, OSError, ImportError, SafetensorError) as error:
+    except (AssertionError, ValueError, OSError, ImportError) as error:
         message, code = (str(error).strip() or type(error).__name__).splitlines()[0], 2
     print(f"spiral.py: {message}", file=sys.stderr)
     return code
