@@ -474,7 +474,8 @@ def close_gaps(items, needed, cache):
     left = sum(needed)
     holes = [i for i in range(left) if not needed[i]]
     movers = [i for i in range(left, len(items)) if needed[i]]
-    cache[:, :, holes] = cache[:, :, movers]
+    if holes:
+        cache[:, :, holes] = cache[:, :, movers]
     for hole, mover in zip(holes, movers, strict=True):
         items[hole] = items[mover]
     del items[left:]
