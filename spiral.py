@@ -566,7 +566,8 @@ def neutralise(text, markers):
     """Sampled text made harmless: it can't close its candidate, open another, or write a special
     token."""
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
-    return re.sub("|".join(map(re.escape, markers)) or "$^", " ", text)
+    # What comes instead is in no marker: else pieces around it could become one
+    return re.sub("|".join(map(re.escape, markers)) or "$^", "\ufffd", text)
 
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
