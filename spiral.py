@@ -1,20 +1,21 @@
 """SPIRAL: Learning to Search and Aggregate (arXiv 2606.23595), in one file.
 
-One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it *aggregates*:
-for each of K sets G_k of n traces it writes N2 final answers z_km that read them. Only these are
-rewarded (r_km, by the task's verifier). The objective, and its gradient:
+One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it
+*aggregates*: for each of K sets G_k of n traces it writes N2 final answers z_km that read them.
+Only these are rewarded (r_km, by the task's verifier). The objective, and its gradient:
 
     J(theta) = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
     grad J   = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]    search term: how useful was my set?
              + E[ r(x, z) grad log pi(z|x, G) ]             aggregation term: was this answer right?
 
-    python spiral.py                                   # the tiny policy learns countdown, on a laptop
-    python spiral.py --algo grpo                       # the baseline, at the same sampled tokens
-    python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0     # evaluate a checkpoint
+    python spiral.py                      # the tiny policy learns countdown, on a laptop
+    python spiral.py --algo grpo          # the baseline, at the same sampled tokens
+    python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0    # evaluate a checkpoint
 
 Simplified on purpose: no critic, no reward model, no KL term, no paged cache, no asynchronous
-rollouts, since none of them is part of the method. A model that doesn't fit one GPU belongs to verl
-or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, rollout, evaluation, run.
+rollouts, since none of them is part of the method. A model that doesn't fit one GPU belongs to
+verl or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, rollout,
+evaluation, run.
 """
 
 import collections
@@ -100,7 +101,7 @@ class Config:
     def __post_init__(self):
         """Raises AssertionError or ValueError: one line that says what to change."""
         for name, x in vars(self).items():
-            fine = not isinstance(x, (int, float)) or 0 <= x < 2**31
+            fine = isinstance(x, str) or 0 <= x < 2**31
             assert fine, f"--{name.replace('_', '-')} {x}: out of range"
         positive = self.problems * self.max_draws * self.save_every * self.population
         assert positive, "--problems, --max-draws, --save-every, --population: must be above 0"
@@ -115,7 +116,8 @@ class Config:
 
 
 def pick_device(name):
-    """torch.device of a name; "auto" is cuda when there is one. Raises AssertionError if not there."""
+    """torch.device of a name; "auto" is cuda when there is one. Raises AssertionError if not
+    there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -156,8 +158,8 @@ class HubTokenizer:
         except OSError:  # no generation_config.json
             listed = settings.eos_token_id
         self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(listed).tolist()} - {None}
-        added = [str(x) for x in self.hf.added_tokens_decoder.values() if x.special]
-        self.markers = [x for x in {*added, *self.hf.all_special_tokens} if x.strip()]
+        added = self.hf.added_tokens_decoder.values()
+        self.markers = [x.content for x in added if x.special and x.content.strip()]
         try:
             heard = self.chat("one") != self.chat("two")
         except Exception as error:  # a template is somebody else's program
@@ -191,9 +193,10 @@ class Policy:
 
 def load_tokenizer(name):
     """(path, settings, tokenizer) of a model, without its weights."""
-    path = TINY if name == "tiny" else Path(name)
-    path = base = path.resolve() if path.is_dir() else name  # whole: adapters remember it
-    adapters = Path(path) / "adapter_config.json"
+    path = TINY if name == "tiny" else name
+    if Path(path).is_dir():
+        path = Path(path).resolve()  # adapters remember it
+    base, adapters = path, Path(path) / "adapter_config.json"
     if adapters.exists():  # a checkpoint of a LoRA run, which has these alone
         base = json.loads(adapters.read_text())["base_model_name_or_path"]
         assert base, f"{adapters} names no base model"
@@ -209,21 +212,26 @@ def load_policy(config):
     longest = max(config.max_trace_tokens, config.max_aggregation_tokens)
     most = settings.get_text_config().max_position_embeddings
     assert config.max_prompt_tokens + longest <= most, f"prompt and completion exceed {most} tokens"
-    how = {"attn_implementation": "eager", "use_safetensors": True, "trust_remote_code": False}
-    dtype = getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
-    adapted = getattr(model, "peft_config", None)  # a checkpoint of a LoRA run
-    if config.lora_rank and not adapted:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its safetensors are damaged: {error}") from None
+    if config.lora_rank and not hasattr(model, "peft_config"):  # a LoRA run's checkpoint has it
         from peft import LoraConfig
 
         torch.manual_seed(config.seed)  # the same adapters in every process
-        adapted = LoraConfig(r=config.lora_rank, target_modules="all-linear")
-        adapted.lora_alpha = 2 * config.lora_rank
-        model.add_adapter(adapted)
+        rank, alpha = config.lora_rank, 2 * config.lora_rank
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         # Views into a file are aligned otherwise than fresh memory, and then round otherwise
         parameter.data = parameter.data.clone()
-        parameter.requires_grad = "lora_" in name or not adapted
+        parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
     model = model.eval().to(pick_device(config.device))  # eval for good: no dropout
     use_our_attention(model, path)
     if config.gradient_checkpointing:
@@ -236,52 +244,58 @@ def load_policy(config):
 def attention(module, query, key, value, mask, scaling=None, attend=None, **kwargs):
     """What transformers calls in every layer: queries [B, H, T, D], keys and values [B, kv, T, D]
     -> [B, T, H, D]. It hands the argument `attend` of the model's forward through to here: prefill,
-    decoding and update differ only in how queries find their keys."""
-    return attend(module.layer_idx, query, key, value, scaling), None
+    decoding and update differ only in how (scaled) queries find their keys."""
+    scaled = query * (scaling or query.shape[-1] ** -0.5)
+    return attend(module.layer_idx, scaled, key, value), None
 
 
 AttentionInterface.register("spiral", attention)  # a name for transformers, nothing more
 
 
-def causal_attention(layer, query, key, value, scaling, bias=None):
-    """The `attend` of whole sequences: to all up to one's place, or as the additive bias [T, S] says."""
-    how = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+def causal_attention(layer, query, key, value, bias=None):
+    """The `attend` of whole sequences: to all up to one's place, or as the additive bias [T, S]
+    says."""
+    how = {"scale": 1.0, "enable_gqa": query.shape[1] != key.shape[1]}
     out = F.scaled_dot_product_attention(query, key, value, bias, is_causal=bias is None, **how)
     return out.transpose(1, 2)
 
 
 def use_our_attention(model, path):
-    """Raises ValueError unless the model then computes what it did before."""
-    settings = model.config.get_text_config().to_dict()
+    """Raises ValueError unless the model then computes what it did before, by causal attention in
+    every layer."""
+    settings, layers = model.config.get_text_config(), []
     special = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-    plain = not any(settings.get(name) for name in special)
-    tokens, seen = torch.arange(4, device=model.device)[None], []
+    plain = not any(getattr(settings, name, None) for name in special)
+    tokens = torch.arange(4, device=model.device)[None]
 
-    def attend(*arguments):
-        seen.append(arguments)
-        return causal_attention(*arguments)
+    def attend(layer, *arguments):
+        layers.append(layer)
+        return causal_attention(layer, *arguments)
 
     with torch.no_grad():
         expected = model(tokens).logits.float()
         model.set_attn_implementation("spiral")
-        logits = head(model, hidden_states(model, tokens, tokens, attend), 1.0)
-    if not plain or not seen or not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
+        logits = head(model, hidden_states(model, tokens, attend), 1.0)
+    every = layers == [*range(settings.num_hidden_layers)]
+    if not plain or not every or not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
         raise ValueError(f"{path}: only models with plain causal attention work here")
 
 
-def hidden_states(model, tokens, positions, attend):
-    """Last hidden states [B, T, d] of tokens and positions [B, T]: the model without its head."""
+def hidden_states(model, tokens, attend, positions=None):
+    """Last hidden states [B, T, d] of tokens [B, T], at positions [B, T] (0, 1 ...): the model
+    without its head."""
     out = model.base_model(tokens, position_ids=positions, use_cache=False, attend=attend)
     return out.last_hidden_state
 
 
 def head(model, hidden, temperature):
-    """Logits at `temperature`, fp32 [..., V]. Temperature 0 is greedy: all probability on one token."""
+    """Logits at `temperature`, fp32 [..., V]. Temperature 0 is greedy: all probability on one
+    token."""
     return model.get_output_embeddings()(hidden).float() / max(temperature, 1e-6)
 
 
-# ---- Sampler: Python decides which rows run, tensors compute. Each prompt is prefilled and held once,
-# all rows decode together, and finished rows make room for waiting prompts ----
+# ---- Sampler: Python decides which rows run, tensors compute. Each prompt is prefilled and held
+# once, all rows decode together, and finished rows make room for waiting prompts ----
 
 
 @dataclass
@@ -301,9 +315,9 @@ class Completion:
 
 
 class Memory:
-    """Keys and values while decoding, allocated once: CUDA graphs hold the addresses. A prompt is held
-    without its last token, which is the first input of its rows: so all tokens are sampled in one
-    place, decode_step()."""
+    """Keys and values while decoding, allocated once: CUDA graphs hold the addresses. A prompt is
+    held without its last token, which is the first input of its rows: so all tokens are sampled in
+    one place, decode_step()."""
 
     def __init__(self, model, rows, prompt_tokens, new_tokens):
         settings = model.config.get_text_config()
@@ -314,7 +328,7 @@ class Memory:
         zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
         self.prompts = zeros(*pairs, rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
         self.own = zeros(*pairs, rows, heads, new_tokens, width)
-        self.inputs = torch.zeros(5, rows, dtype=torch.float64, device=model.device)
+        self.inputs = zeros(5, rows, dtype=torch.float64)
         self.graphs = {} if model.device.type == "cuda" else None
 
 
@@ -349,58 +363,58 @@ def prefill(policy, prompts, first):
     tokens = pad_sequence(tokens, batch_first=True).to(policy.model.device)  # [U, L]
     places = policy.memory.prompts[:, :, first : first + len(prompts), :, : tokens.shape[1]]
 
-    def attend(layer, query, key, value, scaling):
+    def attend(layer, query, key, value):
         places[layer] = torch.stack([key, value])
-        return causal_attention(layer, query, key, value, scaling)  # pads come last: unseen
+        return causal_attention(layer, query, key, value)  # pads come last: unseen
 
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    hidden_states(policy.model, tokens, positions[None], attend)
+    hidden_states(policy.model, tokens, attend)
 
 
-def decode_attention(prompts, own, slots, places, steps, bias):
-    """The `attend` of one query a row, [B, H, 1, D] -> [B, 1, H, D]. prompts [layers, 2, U, kv, L, D]
-    and own [layers, 2, B, kv, T, D] are keys and values; new ones go to column steps [B] of own. A
-    prompt is read once for all of its rows, whose queries wait side by side: in slots [B], which is
-    prompt * places + place among them. bias [B, 1, 1, L + T]: 0 or -inf."""
-    rows = torch.arange(len(slots), device=slots.device)
+def decode_attention(prompts, own, slots, places, lengths, steps):
+    """The `attend` of one query a row, [B, H, 1, D] -> [B, 1, H, D]. prompts [layers, 2, U, kv, L,
+    D] and own [layers, 2, B, kv, T, D] are keys and values; new ones go to column steps [B] of own.
+    A row sees the first lengths [B] columns of its prompt, and its own up to the new one. A prompt
+    is read once for all of its rows, which wait side by side: in slots [B], prompt * places +
+    place."""
+    sizes = prompts.shape[4], own.shape[4]  # L, T
+    index = torch.arange(max(*sizes, len(slots)), device=slots.device)
+    rows = index[: len(slots)]
+    unseen = index[: sizes[0]] >= lengths[:, None], index[: sizes[1]] > steps[:, None]
+    bias = torch.where(torch.cat(unseen, 1), -math.inf, 0.0)[:, None, None]  # [B, 1, 1, L + T]
 
-    def spread(x):  # [B, kv, G, C] -> [U, kv, places * G, C]
-        grid = x.new_zeros(prompts.shape[2] * places, *x.shape[1:])
+    def with_prompts(equation, x, held):
+        """einsum of rows [B, kv, G, C] with what is held [U, kv, L, D] of their prompts."""
+        grid = x.new_zeros(len(held) * places, *x.shape[1:])
         grid[slots] = x
-        return grid.unflatten(0, (-1, places)).transpose(1, 2).flatten(2, 3)
+        grid = grid.unflatten(0, (-1, places))  # [U, places, kv, G, C]
+        return torch.einsum(equation, grid, held).flatten(0, 1)[slots]
 
-    def collect(x):  # and back
-        return x.unflatten(2, (places, -1)).transpose(1, 2).flatten(0, 1)[slots]
-
-    def attend(layer, query, key, value, scaling):
+    def attend(layer, query, key, value):
         prompt_keys, prompt_values = prompts[layer]  # [U, kv, L, D]
         keys, values = own[layer]  # [B, kv, T, D]
         keys[rows, :, steps] = key[:, :, 0]
         values[rows, :, steps] = value[:, :, 0]
         query = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0]  # [B, kv, G, D]: G share a key
-        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = [collect(spread(query) @ prompt_keys.mT), query @ keys.mT]  # of prompt, own
+        scores = [with_prompts("upkgd,ukld->upkgl", query, prompt_keys), query @ keys.mT]
         weights = (torch.cat(scores, -1) + bias).softmax(-1, torch.float32).to(values.dtype)
-        of_prompt, of_own = weights.split([prompts.shape[4], own.shape[4]], -1)
-        mixed = collect(spread(of_prompt) @ prompt_values) + of_own @ values  # [B, kv, G, D]
+        of_prompt, of_own = weights.split(sizes, -1)
+        mixed = with_prompts("upkgl,ukld->upkgd", of_prompt, prompt_values) + of_own @ values
         return mixed.flatten(1, 2)[:, None]
 
     return attend
 
 
 def decode_step(policy, inputs, shape, temperature):
-    """One token for each row. inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in
-    memory, slot, code -> [3, B] fp64: token, log-prob, what is left of the code. shape: (prompts,
-    their columns, columns of rows, places) to read. Looks at no value: it can be a CUDA graph."""
+    """One token for each row. inputs [5, B] fp64: last token, tokens so far, tokens of its prompt
+    in memory, slot, code -> [3, B] fp64: token, log-prob, what is left of the code. shape:
+    (prompts, their columns, columns of rows, places) to read. Looks at no value: it can be a CUDA
+    graph."""
     prompts, before, columns, places = shape
     tokens, steps, lengths, slots = inputs[:4].long()
     held = policy.memory.prompts[:, :, :prompts, :, :before]
     own = policy.memory.own[:, :, : len(slots), :, :columns]
-    index = torch.arange(before + columns, device=inputs.device)
-    unseen = index[: held.shape[4]] >= lengths[:, None], index[: own.shape[4]] > steps[:, None]
-    bias = torch.where(torch.cat(unseen, 1), -math.inf, 0.0)[:, None, None]  # [B, 1, 1, L + T]
-    attend = decode_attention(held, own, slots, places, steps, bias)
-    hidden = hidden_states(policy.model, tokens[:, None], (lengths + steps)[:, None], attend)
+    attend = decode_attention(held, own, slots, places, lengths, steps)
+    hidden = hidden_states(policy.model, tokens[:, None], attend, (lengths + steps)[:, None])
     logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
     return torch.stack([x.double() for x in draw_tokens(logits, inputs[4])])
 
@@ -415,7 +429,7 @@ def replay(policy, inputs, shape, temperature):
     """decode_step as a CUDA graph, of rounded shape. Weights change in place: it stays valid."""
     memory, rows = policy.memory, inputs.shape[1]
     prompts, *others = shape
-    shape = tuple(map(bucket, (prompts + 1, *others)))  # nobody's rows have a prompt to themselves
+    shape = [bucket(n) for n in (prompts + 1, *others)]  # nobody's rows have a prompt to themselves
     static = memory.inputs[:, : bucket(rows)].zero_()
     static[3] = -1  # its last slot
     static[:, :rows] = inputs
@@ -435,28 +449,28 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
     """A token for each of the `active` rows. held: which of the `prompts` lies where in memory."""
     inputs = []
     for row in active:
-        prompt, slot = prompts[row.prompt], held.index(row.prompt) * places + row.place
-        last = (row.tokens or prompt)[-1]
-        inputs.append((last, len(row.tokens), len(prompt) - 1, slot, row.code))
+        prompt, step = prompts[row.prompt], len(row.tokens)
+        last = row.tokens[-1] if step else prompt[-1]
+        slot = held.index(row.prompt) * places + row.place
+        # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh
+        # uniform is as good as what is left of the code, and rounding can't add up
+        spread = sum(row.logprobs) > -math.log(lattice)
+        code = row.code if spread else row.uniforms[step]
+        inputs.append([last, step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
     columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1
-    step = decode_step if policy.memory.graphs is None else replay
-    outputs = step(policy, inputs, (len(held), *columns, places), temperature)
+    one_step = decode_step if policy.memory.graphs is None else replay
+    outputs = one_step(policy, inputs, (len(held), *columns, places), temperature)
     for row, (token, logprob, left) in zip(active, outputs.T.tolist(), strict=True):
+        row.code = left
         row.tokens.append(int(token))
         row.logprobs.append(logprob)
         row.truncated = token not in policy.tokenizer.eos_ids
-        # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh uniform
-        # is as good as what is left of the code, and rounding can't add up
-        if lattice > 1 and sum(row.logprobs) >= -math.log(lattice):
-            row.code = left
-        elif len(row.tokens) < len(row.uniforms):
-            row.code = row.uniforms[len(row.tokens)]
 
 
 def close_gaps(items, needed, cache):
-    """The last `needed` items move into the places of those not needed, with their keys and values in
-    cache [layers, 2, items, kv, columns, D]."""
+    """The last `needed` items move into the places of those not needed, with their keys and values
+    in cache [layers, 2, items, kv, columns, D]."""
     left = sum(needed)
     holes = [i for i in range(left) if not needed[i]]
     movers = [i for i in range(left, len(items)) if needed[i]]
@@ -481,20 +495,23 @@ def sample(
     """`num_samples` completions of each prompt (a list of token lists) -> [prompts][num_samples]
     Completions.
 
-    temperature 0 is greedy. generator: one, or a list of one for each prompt, which makes a prompt's
-    samples independent of the others. max_rows: rows decoded at a time, 0: all that memory holds.
-    lattice: so many of a prompt's completions share a lattice of codes. What is sampled doesn't depend
-    on the batch. Raises AssertionError for an empty prompt, and for what memory doesn't hold."""
-    memory, limit = policy.memory, max_new_tokens
+    temperature 0 is greedy. generator: one, or a list of them, each for an equal part of the
+    prompts, whose samples are then independent of the others. max_rows: rows decoded at a time, 0:
+    all that memory holds. lattice: so many of a prompt's completions share a lattice of codes. What
+    is sampled doesn't depend on the batch. Raises AssertionError for an empty prompt, and for what
+    memory doesn't hold."""
+    memory = policy.memory
     most = max_rows or memory.own.shape[2]
     assert prompts and all(prompts), "sample needs at least one prompt, and a token in each"
     assert num_samples % lattice == 0, f"{num_samples} samples are not whole lattices of {lattice}"
-    fits = max(map(len, prompts)) <= memory.prompts.shape[4] and limit <= memory.own.shape[4]
-    assert fits and num_samples <= most, "memory is too small: raise --max-prompt-tokens or --rows"
-    generators = generator if isinstance(generator, list) else [generator] * len(prompts)
+    longest, columns = max(map(len, prompts)), memory.own.shape[4]
+    fits = longest <= memory.prompts.shape[4] and max_new_tokens <= columns and num_samples <= most
+    assert fits, "memory is too small: raise --max-prompt-tokens or --rows"
+    generators = generator if isinstance(generator, list) else [generator]
     results = []
-    for i, own in enumerate(generators):
-        uniforms = draw_uniforms(num_samples, limit, own, lattice).tolist()
+    for i in range(len(prompts)):
+        own = generators[i * len(generators) // len(prompts)]
+        uniforms = draw_uniforms(num_samples, max_new_tokens, own, lattice).tolist()
         results.append([Completion(i, j, row, row[0]) for j, row in enumerate(uniforms)])
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
     active, held = [], []
@@ -502,14 +519,15 @@ def sample(
     while waiting or active:
         free = most - len(active)
         room = min(free // num_samples, memory.prompts.shape[2] - 1 - len(held))
-        if waiting and room and (not active or free >= most // 4):  # small batches are slow
+        if waiting and room and free >= most // 4:  # small batches are slow
             room = min(room, 1 + 16384 // len(prompts[waiting[0]]))  # tokens at once
             new, waiting = waiting[:room], waiting[room:]
             prefill(policy, [prompts[i] for i in new], len(held))
             held += new
-            active += [row for i in new for row in results[i]]
+            for i in new:
+                active += results[i]
         decode(policy, active, held, prompts, num_samples, temperature, lattice)
-        go_on = [row.truncated and len(row.tokens) < limit for row in active]
+        go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(go_on.count(False))
         close_gaps(active, go_on, memory.own)
         needed = {row.prompt for row in active}
@@ -525,15 +543,15 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order. Uniform without replacement, or balanced: each trace in K n / N1 sets. Raises ValueError
     when there are no such sets."""
-    # A block of whole permutations, cut into sets, holds every trace equally often; without balance a
-    # block is one set. Blocks that don't fit are drawn again
+    # A block of whole permutations, cut into sets, holds every trace equally often; without balance
+    # a block is one set. Blocks that don't fit are drawn again
     block = math.lcm(num_traces, set_size) if balanced else set_size
     possible = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
-    sets, tries = [], 10_000 * num_sets if possible and num_sets * set_size % block == 0 else 0
-    for _ in range(tries):
-        rounds = range(math.ceil(block / num_traces))
-        order = torch.cat([torch.randperm(num_traces, generator=generator) for _ in rounds])
-        more = sets + order[:block].view(-1, set_size).tolist()
+    possible = possible and num_sets * set_size % block == 0
+    sets, rounds = [], math.ceil(block / max(1, num_traces))
+    for _ in range(10_000 * num_sets * possible):
+        order = [torch.randperm(num_traces, generator=generator) for _ in range(rounds)]
+        more = sets + torch.cat(order)[:block].view(-1, set_size).tolist()
         if len({frozenset(s) for s in more if len(set(s)) == set_size}) == len(more):
             sets = more
         elif balanced and torch.rand((), generator=generator) < 0.05:
@@ -548,51 +566,50 @@ def neutralise(text, markers):
     """Sampled text made harmless: it can't close its candidate, open another, or write a special
     token."""
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
-    return re.sub("|".join(map(re.escape, markers)) or "$^", " ", text)
+    # What comes instead is in no marker: else pieces around it could become one
+    return re.sub("|".join(map(re.escape, markers)) or "$^", "\ufffd", text)
 
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens` (0: no
-    limit) the longest candidates lose their beginnings, since answers come last, and short ones stay
-    whole. Raises AssertionError when the problem leaves no room."""
-
-    def build(texts):
-        named = [tasks.CANDIDATE.format(i) + text for i, text in enumerate(texts, 1)]
-        candidates = "".join(text + tasks.CANDIDATE_END for text in named)
-        return tokenizer.chat(prompt + candidates + tasks.AGGREGATE)
-
+    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens`
+    (0: no limit) the longest candidates lose their beginnings, since answers come last, and short
+    ones stay whole. Raises AssertionError when the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
-    tokens, bodies = build(texts), [tokenizer.encode(text) for text in texts]
+    bodies = [tokenizer.encode(text) for text in texts]
     most = max(map(len, bodies))  # tokens of a candidate
-    while max_tokens and len(tokens) > max_tokens:
-        most -= 1 + (len(tokens) - max_tokens) // (2 * len(bodies))
+    while True:
+        message = prompt
+        for i, body in enumerate(bodies):
+            text = texts[i] if len(body) <= most else tokenizer.decode(body[-most:])
+            message += tasks.CANDIDATE.format(i + 1) + text + tasks.CANDIDATE_END
+        tokens = tokenizer.chat(message + tasks.AGGREGATE)
+        over = len(tokens) - max_tokens
+        if over <= 0 or not max_tokens:
+            return tokens
+        most -= 1 + over // (2 * len(bodies))
         assert most > 0, f"no room for candidates in {max_tokens} tokens: raise --max-prompt-tokens"
-        tokens = build([tokenizer.decode(body[-most:]) for body in bodies])
-    return tokens
 
 
-# ---- Advantages. sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km): unbiased for grad J ----
+# ---- Advantages: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) estimates grad J ----
 
 
 def search_advantages(rewards, sets, num_traces, balanced=False, published=False):
     """Set credit (paper.md section 5): rewards [P, K, N2], sets [P, K, n] -> a_j, [P, N1].
 
-    A_set(k) = f_k - mean_{l != k} f_l, the set's score against the other sets', and
-    a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j as well:
-    j's own score is then in the baseline, which cancels this fraction of its signal.
-    published: self-inclusive baseline, and the mean over the sets that hold j."""
+    A_set(k) = f_k - mean_{l != k} f_l, the set's score against the other sets', and a_j = sum_{k: j
+    in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j as well: j's own score
+    is then in the baseline, which cancels this fraction of its signal. published: self-inclusive
+    baseline, and the mean over the sets that hold j."""
     _, num_sets, set_size = sets.shape
-    set_scores = rewards.mean(-1)  # [P, K] f_k
-    member = F.one_hot(sets, num_traces).sum(2).to(set_scores.dtype)  # [P, K, N1]
-    from_mean = set_scores - set_scores.mean(1, keepdim=True)  # [P, K]
+    scores = rewards.mean(-1)  # [P, K] f_k
+    member = F.one_hot(sets, num_traces).sum(2)  # [P, K, N1]
+    from_mean = scores - scores.mean(1, keepdim=True)  # [P, K]
     summed = (from_mean[:, :, None] * member).sum(1)  # [P, N1]
     if published:
         return summed / member.sum(1).clamp(min=1)
-    if balanced:  # of the other K - 1 sets, R - 1 hold j as well, with R = K n / N1
-        p = (num_sets * set_size / num_traces - 1) / (num_sets - 1)
-    else:
-        holding_j = math.comb(num_traces - 1, set_size - 1)
-        p = (holding_j - 1) / (math.comb(num_traces, set_size) - 1)
+    # Sets come from all C(N1, n); balanced ones are like all sets: j is in exactly n / N1 of them
+    every = num_sets if balanced else math.comb(num_traces, set_size)
+    p = (every * set_size / num_traces - 1) / (every - 1)
     # A_set(k) is K / (K - 1) from_mean, and its K cancels that of the definition
     return summed / ((num_sets - 1) * (1 - p))
 
@@ -614,36 +631,36 @@ def grpo_advantages(rewards):
 
 
 def curve_advantages(trace_rewards, curve, set_size):
-    """Set credit without its noise (paper.md section 7): trace_rewards [P, N1] of 0 and 1, a response
-    curve [n + 1] -> [P, N1]; needs N1 > n.
+    """Set credit without its noise (paper.md section 7): trace_rewards [P, N1] of 0 and 1, a
+    response curve [n + 1] -> [P, N1]; needs N1 > n.
 
-    curve[c] is how often an aggregation is right when c of the n candidates are. It gives all
-    C(N1, n) sets a score for nothing. A trace gets n / N1 times the mean score of the sets that hold
-    it minus that of the others. Curve c / n makes this grpo_advantages, a step at 1 the leave-one-out
+    curve[c] is how often an aggregation is right when c of the n candidates are. It gives all C(N1,
+    n) sets a score for nothing. A trace gets n / N1 times the mean score of the sets that hold it
+    minus that of the others. Curve c / n makes this grpo_advantages, a step at 1 the leave-one-out
     gradient of pass@n."""
-    num_traces = trace_rewards.shape[1]
+    others = trace_rewards.shape[1] - 1
     right = trace_rewards.long()
-    others = num_traces - 1
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
-    def mean_score(size, own):
-        """[N1]: of sets with `size` others and a trace of reward `own`, by right ones of all others."""
-        chances = torch.zeros(num_traces, size + 1)  # hypergeometric
-        for right_ones, i in itertools.product(range(num_traces), range(size + 1)):
-            ways = math.comb(right_ones, i) * math.comb(others - right_ones, size - i)
-            chances[right_ones, i] = ways / math.comb(others, size)
-        return chances @ curve[own : own + size + 1]
+    def mean_score(found, size, own):
+        """Of all sets of `size` others, `found` of which are right, and `own` right traces more."""
+        score = 0.0
+        for i in range(size + 1):
+            ways = math.comb(found, i) * math.comb(others - found, size - i)
+            score += ways / math.comb(others, size) * curve[i + own]
+        return score
 
-    held = torch.stack([mean_score(set_size - 1, 0), mean_score(set_size - 1, 1)])  # [2, N1]
-    return (
-        set_size / num_traces * (held[right, right_others] - mean_score(set_size, 0)[right_others])
-    )
+    credit = torch.zeros(2, others + 1)  # by the trace's reward, and right ones of the others
+    for own, found in itertools.product(range(2), range(others + 1)):
+        with_it, without = mean_score(found, set_size - 1, own), mean_score(found, set_size, 0)
+        credit[own, found] = set_size / (others + 1) * (with_it - without)
+    return credit[right, right_others]
 
 
 def search_credit(config, trace_rewards, rewards, sets, curve):
     """a_j [P, N1], as --search-credit says. set: the paper's, by aggregations alone. The others ask
-    the verifier about traces, and differ in the curve: trace, as GRPO would; pass, for pass@n; curve,
-    what the aggregator makes of them, measured in earlier rollouts."""
+    the verifier about traces, and differ in the curve: trace, as GRPO would; pass, for pass@n;
+    curve, what the aggregator makes of them, measured in earlier rollouts."""
     n, kind = config.set_size, config.search_credit
     if kind == "set":
         return search_advantages(
@@ -654,7 +671,7 @@ def search_credit(config, trace_rewards, rewards, sets, curve):
     return curve_advantages(trace_rewards, curves[kind], n)
 
 
-# ---- Update: a prompt and its completions are one flat sequence, in which the prompt runs once ----
+# ---- Update: a prompt and its completions are one flat sequence: the prompt runs once ----
 
 
 @dataclass
@@ -673,22 +690,22 @@ def micro_batches(groups, budget):
             yield Group(group.prompt, useful[start : start + at_once])
 
 
-def group_attention(sizes, bias, layer, query, key, value, scaling):
+def group_attention(sizes, bias, layer, query, key, value):
     """The `attend` of a flat sequence [1, H, M, D] -> [1, M, H, D]: a prompt, then completions, of
     these sizes. Each completion sees the prompt, and itself up to its place, as bias says."""
     prompt, *completions = zip(*[x.split(sizes, 2) for x in (query, key, value)], strict=True)
-    out = [causal_attention(layer, *prompt, scaling)] if sizes[0] else []
+    out = [causal_attention(layer, *prompt)] if sizes[0] else []
     for query, key, value in completions:
         keys = torch.cat([prompt[1], key], 2)  # [1, kv, L + T, D]
         values = torch.cat([prompt[2], value], 2)
         mine = bias[: query.shape[2], : keys.shape[2]]
-        out.append(causal_attention(layer, query, keys, values, scaling, mine))
+        out.append(causal_attention(layer, query, keys, values, mine))
     return torch.cat(out, 1)
 
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
-    """Log-probs [N] fp32 of targets [N] from hidden states [N, d]. Logits are made in chunks, and made
-    again in the backward pass, so that [N, V] is never there."""
+    """Log-probs [N] fp32 of targets [N] from hidden states [N, d]. Logits are made in chunks, and
+    made again in the backward pass, so that [N, V] is never there."""
 
     def chunk_logprobs(hidden, targets):
         logprobs = head(model, hidden, temperature).log_softmax(-1)  # [chunk, V]
@@ -702,103 +719,110 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
 
 
 def completion_logprobs(model, group, temperature):
-    """(log-probs, the sampler's log-probs, advantages), [N] each, of the N sampled tokens of a group.
-    The prompt runs once, with exactly the gradient of whole sequences. As in the sampler, its last token
-    is each completion's first input: so every place in a completion predicts the token of that place."""
-    *prompt, last = group.prompt
-    inputs, positions, sampled, sizes = [*prompt], [*range(len(prompt))], [], [len(prompt)]
+    """(log-probs, the sampler's log-probs, advantages), [N] each, of the N sampled tokens of a
+    group. The prompt runs once, with exactly the gradient of whole sequences. As in the sampler,
+    its last token is each completion's first input: so every place in a completion predicts the
+    token of that place."""
+    *inputs, last = group.prompt
+    start = len(inputs)
+    positions, sizes, sampled = [*range(start)], [start], []
     for c in group.completions:
         size = len(c.tokens)
         inputs += [last, *c.tokens[:-1]]
-        positions += range(len(prompt), len(prompt) + size)
+        positions += range(start, start + size)
         sampled += zip(c.tokens, c.logprobs, [c.advantage] * size, strict=True)
         sizes.append(size)
     flat = torch.tensor([inputs, positions], device=model.device)[:, None]  # [2, 1, M]
-    targets, *rest = torch.tensor(sampled, dtype=torch.float64).T.to(model.device)
+    targets, old, advantages = torch.tensor(sampled, device=model.device, dtype=torch.float64).T
     longest = max(sizes[1:])
-    bias = torch.full((longest, len(prompt) + longest), -math.inf, dtype=model.dtype).to(
-        targets.device
-    )
-    attend = functools.partial(group_attention, sizes, bias.triu(len(prompt) + 1))
-    hidden = hidden_states(model, *flat, attend)[0, len(prompt) :]  # [N, d]
-    return token_logprobs(model, hidden, targets.long(), temperature), *[x.float() for x in rest]
+    bias = flat.new_full((longest, start + longest), -math.inf, dtype=model.dtype)
+    attend = functools.partial(group_attention, sizes, bias.triu(start + 1))
+    hidden = hidden_states(model, flat[0], attend, flat[1])[0, start:]  # [N, d]
+    logprobs = token_logprobs(model, hidden, targets.long(), temperature)
+    return logprobs, old.float(), advantages.float()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
-    """Clipped policy gradient, summed over tokens; all [N]. In a rollout's first update the ratio is
-    1: REINFORCE, minus sum advantage * grad log pi."""
+    """Clipped policy gradient, summed over tokens; all [N]. In a rollout's first update the ratio
+    is 1: REINFORCE, minus sum advantage * grad log pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
 
 
 def make_optimizer(model, lr):
-    """AdamW on fp32 parameters: the model's own, or masters of those in bf16, which sum the gradients of
-    micro-batches and are copied back after a step."""
+    """AdamW on fp32 parameters: the model's own, or masters of those in bf16, which sum the
+    gradients of micro-batches and are copied back after a step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
+    masters = {p: p if p.dtype == torch.float32 else p.detach().float() for p in trained}
     # foreach would take as much memory again
-    optimizer = torch.optim.AdamW(masters, lr, (0.9, 0.95), weight_decay=0.0, foreach=False)
+    optimizer = torch.optim.AdamW(
+        masters.values(), lr, (0.9, 0.95), weight_decay=0.0, foreach=False
+    )
 
-    def to_master(master, parameter):
-        master.grad = parameter.grad.float() + (0 if master.grad is None else master.grad)
+    def to_master(parameter):
+        master, gradient = masters[parameter], parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 
-    def from_master(parameter, master, *_):
-        parameter.data.copy_(master)
+    def from_masters(*_):
+        for parameter, master in masters.items():
+            parameter.data.copy_(master.data)
 
-    for parameter, master in zip(trained, masters, strict=True):
-        if parameter is not master:
-            parameter.register_post_accumulate_grad_hook(functools.partial(to_master, master))
-            optimizer.register_step_post_hook(functools.partial(from_master, parameter, master))
+    for parameter, master in masters.items():
+        if master is not parameter:
+            parameter.register_post_accumulate_grad_hook(to_master)
+    optimizer.register_step_post_hook(from_masters)
     return optimizer
 
 
 def update(policy, optimizer, groups, num_problems, config):
-    """One optimizer step on the mean over problems of the estimate -> a dict of numbers. num_problems,
-    over all processes, is the one denominator: micro-batches don't change the gradient. NaN or inf never
-    reaches the weights: then there is no step."""
-    sums = torch.zeros(3)  # loss, tokens, distance from the sampler's log-probs
+    """One optimizer step on the mean over problems of the estimate -> a dict of numbers.
+    num_problems, over all processes, is the one denominator: micro-batches don't change the
+    gradient. NaN or inf never reaches the weights: then there is no step, and zeros."""
+    sums = torch.zeros(3)  # loss, distance from the sampler's log-probs, tokens
     for group in micro_batches(groups, config.micro_batch_tokens):
         logprobs, old, advantages = completion_logprobs(policy.model, group, config.temperature)
         loss = policy_loss(logprobs, old, advantages, config.clip) / num_problems
         loss.backward()
         distance = (logprobs.detach() - old).abs().sum()
-        sums += torch.stack([loss.detach(), distance * 0 + len(old), distance]).cpu()
-    loss, tokens, distance = add_up(sums).tolist()
+        sums += torch.tensor([loss.item(), distance.item(), len(old)])
+    loss, distance, tokens = add_up(sums).tolist()
     masters = optimizer.param_groups[0]["params"]
-    for master in masters if dist.is_initialized() else []:
-        master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+    for master in masters:
+        if master.grad is None:  # this process had nothing to train on
+            master.grad = torch.zeros_like(master)
         add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
     finite = math.isfinite(norm + loss)
-    if finite and tokens:
+    if not finite:
+        loss = norm = distance = 0.0
+    elif tokens:
         optimizer.step()
     optimizer.zero_grad()
-    stats = {"loss": loss, "grad_norm": norm, "logprob_difference": distance / max(tokens, 1)}
-    return {name: x if finite else 0.0 for name, x in stats.items()} | {"skipped": not finite}
+    away = distance / max(tokens, 1)
+    return {"loss": loss, "grad_norm": norm, "logprob_difference": away, "skipped": not finite}
 
 
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages ----
 
 
-def complete(policy, task, problems, prompts, limit, temperature, *how):
-    """Completions of each problem's prompt, with texts and rewards -> [P] Groups. how: as in sample()."""
-    groups = []
-    results = sample(policy, prompts, limit, temperature, *how)
-    for problem, prompt, completions in zip(problems, prompts, results, strict=True):
-        for c in completions:
+def complete(policy, task, problems, prompts, config, limit, num_samples, generator, lattice=1):
+    """Completions of each problem's prompt, with texts and rewards -> [P] Groups."""
+    how = limit, config.temperature, num_samples, generator, 0, lattice
+    groups = list(map(Group, prompts, sample(policy, prompts, *how)))
+    for problem, group in zip(problems, groups, strict=True):
+        for c in group.completions:
             c.text = policy.tokenizer.decode(c.tokens)
             c.reward = float(task.reward(problem, c.text))
-        groups.append(Group(prompt, completions))
     return groups
 
 
 def search(policy, task, problems, config, num_samples, generator, lattice=1):
     """`num_samples` traces of each problem -> [P] Groups."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
-    limits = config.max_trace_tokens, config.temperature
-    return complete(policy, task, problems, prompts, *limits, num_samples, generator, 0, lattice)
+    how = config, config.max_trace_tokens, num_samples, generator, lattice
+    return complete(policy, task, problems, prompts, *how)
 
 
 def aggregate(policy, task, problems, sets, config, num_samples, generator):
@@ -806,11 +830,21 @@ def aggregate(policy, task, problems, sets, config, num_samples, generator):
     -> [S] Groups. What a text thought before </think> is not shown."""
     prompts = []
     for problem, texts in zip(problems, sets, strict=True):
-        question, shown = task.prompt(problem), [text.rpartition("</think>")[2] for text in texts]
-        room = config.max_prompt_tokens
-        prompts.append(aggregation_prompt(policy.tokenizer, question, shown, room))
-    limits = config.max_aggregation_tokens, config.temperature
-    return complete(policy, task, problems, prompts, *limits, num_samples, generator)
+        shown, room = map(tasks.after_thought, texts), config.max_prompt_tokens
+        prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problem), shown, room))
+    how = config, config.max_aggregation_tokens, num_samples, generator
+    return complete(policy, task, problems, prompts, *how)
+
+
+def aggregate_members(policy, task, problems, groups, sets, config, num_samples, generator):
+    """The same of sets [P][K][n] of members of groups [P] -> [P][K] Groups."""
+    owners, texts = [], []
+    for problem, group, chosen in zip(problems, groups, sets, strict=True):
+        for members in chosen:
+            owners.append(problem)
+            texts.append([group.completions[j].text for j in members])
+    found = iter(aggregate(policy, task, owners, texts, config, num_samples, generator))
+    return [list(itertools.islice(found, len(chosen))) for chosen in sets]
 
 
 @dataclass
@@ -842,28 +876,27 @@ def set_advantages(groups, advantages, target_length):
 
 def rollout(policy, task, problems, config, generators, curve=None):
     """The whole pipeline on P problems, each with its own generator -> P Records."""
-    num_sets, many, grpo = config.num_sets, config.num_aggregations, config.algo == "grpo"
-    num_traces = config.num_traces + (num_sets * many if grpo else 0)  # as many completions
+    num_traces, many, grpo = config.num_traces, config.num_aggregations, config.algo == "grpo"
+    if grpo:
+        num_traces += config.num_sets * many  # as many completions
     lattice = num_traces if config.lattice else 1
     found = search(policy, task, problems, config, num_traces, generators, lattice)  # P groups
     trace_rewards = rewards_of(found)  # [P, N1]
     if grpo:
-        set_advantages(found, grpo_advantages(trace_rewards), config.target_length)
-        return [Record(*pair, [], []) for pair in zip(problems, found, strict=True)]
-    sets, texts, owners, theirs = [], [], [], []
-    for problem, group, generator in zip(problems, found, generators, strict=True):
-        drawn = draw_sets(num_traces, config.set_size, num_sets, generator, config.balanced)
-        sets.append(drawn)  # [K, n]
-        texts += [[group.completions[j].text for j in members] for members in drawn.tolist()]
-        owners += [problem] * num_sets
-        theirs += [generator] * num_sets
-    answers = aggregate(policy, task, owners, texts, config, many, theirs)  # P * K groups
-    rewards = rewards_of(answers).view(len(problems), num_sets, many)  # [P, K, N2]
-    credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
-    set_advantages(found, config.search_weight * credit, config.target_length)
-    set_advantages(answers, aggregation_advantages(rewards, config.published), config.target_length)
-    of_problem = [answers[i : i + num_sets] for i in range(0, len(answers), num_sets)]
-    return [Record(*row) for row in zip(problems, found, of_problem, sets, strict=True)]
+        sets = answers = [[]] * len(problems)
+        credit = grpo_advantages(trace_rewards)
+    else:
+        how = num_traces, config.set_size, config.num_sets
+        sets = [draw_sets(*how, generator, config.balanced) for generator in generators]
+        how = sets, config, many, generators
+        answers = aggregate_members(policy, task, problems, found, *how)  # [P][K] groups
+        rewards = torch.stack([*map(rewards_of, answers)])  # [P, K, N2]
+        credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
+        credit *= config.search_weight
+        own = aggregation_advantages(rewards, config.published)
+        set_advantages(sum(answers, []), own, config.target_length)
+    set_advantages(found, credit, config.target_length)
+    return list(map(Record, problems, found, answers, sets))
 
 
 def problem_at(problems, seed, i):
@@ -873,9 +906,9 @@ def problem_at(problems, seed, i):
 
 
 def collect(policy, task, problems, cursor, config, curve=None):
-    """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as many
-    are drawn; each process takes its share. Returns (records, number of useful ones in all processes,
-    the cursor behind the last problem)."""
+    """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as
+    many are drawn; each process takes its share. Returns (records, number of useful ones in all
+    processes, the cursor behind the last problem)."""
     rank, processes = world()
     records, useful, limit = [], 0, cursor + config.max_draws * config.problems
     while useful < config.problems and cursor < limit:
@@ -885,8 +918,8 @@ def collect(policy, task, problems, cursor, config, curve=None):
         mine = drawn[rank::processes]
         if mine:
             batch = [problem_at(problems, config.seed, i) for i in mine]
-            seeds = [config.seed * 1_000_003 + i for i in mine]  # of seed and place alone
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            # Randomness is a function of seed and place alone
+            generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
             records += rollout(policy, task, batch, config, generators, curve)
         found = [any(c.advantage for c in record.completions()) for record in records]
         useful = int(add_up(torch.tensor(sum(found))))
@@ -897,10 +930,10 @@ def response_counts(records, set_size):
     """[2, n + 1]: aggregations that were right, and all, by the number of right candidates."""
     counts = torch.zeros(2, set_size + 1)
     for record in records:
-        traces = rewards_of([record.search])[0]  # [N1]
         for members, group in zip(record.sets, record.aggregations, strict=True):
-            answers = rewards_of([group])
-            counts[:, int(traces[members].sum())] += torch.tensor([answers.sum(), answers.numel()])
+            right = int(sum(record.search.completions[j].reward for j in members))
+            for c in group.completions:
+                counts[:, right] += torch.tensor([c.reward, 1])
     return add_up(counts)
 
 
@@ -908,8 +941,8 @@ def response_counts(records, set_size):
 
 
 def statistics(groups):
-    """Of all completions of some groups: how often they are right and cut off, their length in tokens,
-    and the entropy in nats a token (the mean of -log pi, unbiased)."""
+    """Of all completions of some groups: how often they are right and cut off, their length in
+    tokens, and the entropy in nats a token (the mean of -log pi, unbiased)."""
     every = [c for group in groups for c in group.completions]
     tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
     return {
@@ -943,15 +976,16 @@ def notes(stats, start, tolerance):
 def transcript(task, records):
     """A problem as a person reads it: traces, the best set, its aggregations, and advantages."""
     record = max(records, key=lambda r: sum(abs(c.advantage) for c in r.completions()))
-    shown = [(f"trace {j}", c) for j, c in enumerate(record.search.completions, 1)]
+    titles, shown = ["trace"] * len(record.search.completions), list(record.search.completions)
     if record.aggregations:
-        set_scores = rewards_of(record.aggregations).mean(1)  # [K]
-        k = int(set_scores.argmax())
-        title = f"aggregation of traces {(record.sets[k] + 1).tolist()}, score {set_scores[k]:.2f}"
-        shown += [(title, c) for c in record.aggregations[k].completions]
+        best = int(rewards_of(record.aggregations).mean(1).argmax())
+        completions = record.aggregations[best].completions
+        titles += [f"aggregation of {(record.sets[best] + 1).tolist()}"] * len(completions)
+        shown += completions
     lines = [f"problem\n{task.prompt(record.problem)}"]
-    for title, c in shown:
-        lines.append(f"{title}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}\n{c.text}")
+    for i, c in enumerate(shown):
+        title = f"{i + 1}. {titles[i]}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}"
+        lines.append(f"{title}\n{c.text}")
     return "\n".join(line.strip().replace("\n", "\n    ") for line in lines)
 
 
@@ -959,8 +993,8 @@ def transcript(task, records):
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the chance that one of k independent samples is right (arXiv 2107.03374).
-    Raises ValueError when k > num_samples."""
+    """Unbiased estimate of the chance that one of k independent samples is right (arXiv
+    2107.03374). Raises ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
@@ -983,33 +1017,29 @@ def recursive_self_aggregation(
     policy, task, problems, config, population=None, steps=1, generator=None
 ):
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
-    members drawn at random. population: [P] Groups to start from, else config.population fresh traces
-    that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
+    members drawn at random. population: [P] Groups to start from, else config.population fresh
+    traces that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
     size, n = config.population, config.set_size
     history = [population or search(policy, task, problems, config, size, generator, size)]
     for _ in range(steps):
-        owners, sets = [], []
-        for problem, group in zip(problems, history[-1], strict=True):
-            for _ in group.completions:
-                members = torch.randperm(len(group.completions), generator=generator)[:n]
-                sets.append([group.completions[j].text for j in members])
-                owners.append(problem)
-        answers = iter(aggregate(policy, task, owners, sets, config, 1, generator))
-        history.append(
-            [Group([], [next(answers).completions[0] for _ in g.completions]) for g in history[-1]]
-        )
+        size = len(history[0][0].completions)
+        evenly = torch.ones(len(problems), size, size)  # without replacement
+        sets = [torch.multinomial(chances, n, generator=generator) for chances in evenly]
+        how = history[-1], sets, config, 1, generator
+        answers = aggregate_members(policy, task, problems, *how)  # [P][size] groups of one
+        history.append([Group([], [g.completions[0] for g in groups]) for groups in answers])
     return history
 
 
 def solve(policy, task, problem, config, generator=None):
-    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Prints the votes after
-    each, and a text when there is none. Returns the answer or None."""
+    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Prints the votes
+    after each, and a text when there is none. Returns the answer or None."""
     how = [problem], config, None, config.rsa_steps, generator
     for step, (group,) in enumerate(recursive_self_aggregation(policy, task, *how)):
         answers = [task.answer(c.text) for c in group.completions]
-        votes = collections.Counter(answers).most_common()
-        counts = [f"{n} x {'no answer' if answer is None else answer}" for answer, n in votes]
-        print(f"{f'aggregation {step}' if step else 'search'}: {',  '.join(counts)}")
+        votes = collections.Counter(answer or "no answer" for answer in answers).most_common()
+        counts = ",  ".join(f"{n} x {answer}" for answer, n in votes)
+        print(f"{f'aggregation {step}' if step else 'search'}: {counts}")
         if majority_vote(answers) is None:
             print(f"one of the texts: {group.completions[0].text}")
     return majority_vote(answers)
@@ -1020,14 +1050,10 @@ def evaluate(policy, task, problems, config, generator):
     `population`, of which pass@k is the mean; the first one starts the RSA."""
     n, size, population = config.set_size, config.eval_traces, config.population
     found = search(policy, task, problems, config, size, generator, population)
-    owners = [problem for problem in problems for _ in range(size // n)]
-    texts = [c.text for group in found for c in group.completions]
-    sets = [texts[i : i + n] for i in range(0, len(texts), n)]
-    answers = rewards_of(aggregate(policy, task, owners, sets, config, 1, generator))[:, 0]
-    start = [Group(group.prompt, group.completions[:population]) for group in found]
-    how = config, start, config.rsa_steps, generator
-    history = recursive_self_aggregation(policy, task, problems, *how)
     rewards = rewards_of(found)  # [P, S]
+    sets = [torch.arange(size).view(-1, n)] * len(problems)
+    answers = aggregate_members(policy, task, problems, found, sets, config, 1, generator)
+    answers = rewards_of(sum(answers, []))[:, 0]  # [P S / n]
     hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]: sets without a right trace
     scores = {
         "pass@1": rewards,
@@ -1036,17 +1062,20 @@ def evaluate(policy, task, problems, config, generator):
         f"aggregate@{n}": answers,
         "emergent": answers[hopeless],
     }
+    start = [Group(group.prompt, group.completions[:population]) for group in found]
+    how = config, start, config.rsa_steps, generator
+    history = recursive_self_aggregation(policy, task, problems, *how)
     for step, groups in enumerate(history[1:], 1):
         scores[f"rsa step {step}"] = rewards_of(groups)
     return {name: x.mean().nan_to_num().item() for name, x in scores.items()} | statistics(found)
 
 
-# ---- Checkpoints: folders in Hugging Face format. A step's randomness is a function of (seed, step) ----
+# ---- Checkpoints: folders in Hugging Face format. Randomness comes from seed and step alone ----
 
 
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed, renamed: a kill at any instant leaves the last whole checkpoint. `state`
-    is JSON."""
+    """Written aside, flushed, renamed: a kill at any instant leaves the last whole checkpoint.
+    `state` is JSON."""
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
@@ -1070,7 +1099,7 @@ def load_optimizer(optimizer, folder):
 def checkpoints(out):
     """The run's own checkpoints, the newest first: never what else lies beside them."""
     ours = [path.parent for path in out.glob("step-*/state.json")]
-    ours = [path for path in ours if path.name[5:].isdecimal() and not path.is_symlink()]
+    ours = [path for path in ours if path.name[5:].isdecimal()]
     return sorted(ours, key=lambda path: -int(path.name[5:]))
 
 
@@ -1086,12 +1115,13 @@ def resume(config, out):
         assert not other, f"{out} holds a run with another {', '.join(other)}: choose another --out"
         print(f"resuming {folder}")
         return folder, state
-    curve = [[0.0] * (config.set_size + 1)] * 2
+    curve = torch.zeros(2, config.set_size + 1).tolist()
     return None, {"run": run, "step": 0, "cursor": 0, "metrics_bytes": 0, "curve": curve}
 
 
 def lock(out):
-    """An open file that keeps other processes out of the folder. Raises AssertionError when one is in."""
+    """An open file that keeps other processes out of the folder. Raises AssertionError when one is
+    in."""
     import fcntl  # not on Windows
 
     file = (out / "lock").open("w")
@@ -1108,22 +1138,21 @@ def lock(out):
 def train_step(policy, optimizer, task, problems, state, config):
     """Rollout and update; `state` moves on. Returns (statistics, records)."""
     began = time.time()
-    right, every = torch.tensor(state["curve"])  # [n + 1] each, of earlier steps
-    prior = torch.linspace(0, 1, len(every))  # c / n, which counts as one aggregation
-    curve = (right + prior) / (every + 1)
+    counts = torch.tensor(state["curve"])  # [2, n + 1] of earlier steps
+    prior = torch.linspace(0, 1, config.set_size + 1)  # c / n, which counts as one aggregation
+    curve = (counts[0] + prior) / (counts[1] + 1)
     records, useful, cursor = collect(policy, task, problems, state["cursor"], config, curve)
     sampled = time.time()
+    counts = 0.9 * counts + response_counts(records, config.set_size)
     step = state["step"] + 1
+    state |= {"step": step, "cursor": cursor, "curve": counts.tolist()}
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / 5)
     traces = [record.search for record in records]
     answers = [group for record in records for group in record.aggregations]
     for _ in range(config.updates):
-        numbers = update(policy, optimizer, traces + answers, max(1, useful), config)
-    stats = {"step": step, "drawn": len(records), "useful": useful, **numbers}
-    stats |= {"curve": curve.tolist(), "search": statistics(traces)}
-    stats["aggregation"] = statistics(answers or traces)  # the final answers
-    fading = 0.9 * torch.tensor(state["curve"]) + response_counts(records, config.set_size)
-    state |= {"step": step, "cursor": cursor, "curve": fading.tolist()}
+        stats = update(policy, optimizer, traces + answers, max(1, useful), config)
+    stats |= {"step": step, "drawn": len(records), "useful": useful, "curve": curve.tolist()}
+    stats |= {"search": statistics(traces), "aggregation": statistics(answers or traces)}
     start = state.setdefault("start", stats["search"]["reward"])
     print(
         f"step {step:3d}/{config.steps}  answer {stats['aggregation']['reward']:.3f}  "
@@ -1131,39 +1160,46 @@ def train_step(policy, optimizer, task, problems, state, config):
         f"entropy {stats['search']['entropy']:.2f}  useful {useful}/{len(records)}  "
         f"{sampled - began:.1f}+{time.time() - sampled:.1f}s"
     )
-    for note in notes(stats, start, 1e-4 if policy.model.dtype == torch.float32 else 0.01):
+    for note in notes(stats, start, 1e-4 if config.dtype == "float32" else 0.01):
         print(f"  note: {note}")
     return stats, records
 
 
 def train(task, config, out):
-    """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then the
-    evaluation. Returns the exit code."""
+    """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then
+    the evaluation. Returns the exit code."""
     writes = world()[0] == 0
     problems = task.problems("train", config.train_problems, config.seed)
-    longest = max((task.prompt(problem) for problem in problems), key=len)
+    longest = max(map(task.prompt, problems), key=len)
     fits = longest, ["0" * 100] * config.set_size, config.max_prompt_tokens
     aggregation_prompt(load_tokenizer(config.model)[2], *fits)  # raises if not
     out.mkdir(parents=True, exist_ok=True)
-    mine = lock(out) if writes else None
+    _locked = lock(out) if writes else None  # until it is collected
     folder, state = resume(config, out)
-    policy = load_policy(replace(config, model=str(folder)) if folder else config)
+    policy = load_policy(replace(config, model=str(folder or config.model)))
     optimizer = make_optimizer(policy.model, config.lr)
     if folder:
         load_optimizer(optimizer, folder)
-    metrics = (out / "metrics.jsonl" if writes else Path(os.devnull)).open("a")
+    metrics = open(out / "metrics.jsonl", "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
-    size = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
-    print(f"{config.algo} on {config.task}, {size:.1f}M parameters trained, into {out}/")
-    signals, stop = [], False
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, end
-            signal.signal(number, lambda number, _: signals.append(number))
+    print(f"{config.algo} on {config.task}, into {out}/")
+    signals, stop = [], 0
+
+    def finish_step(number, _):
+        if signals:  # the second one ends at once
+            os._exit(128 + number)
+        signals.append(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        signal.signal(signal.SIGINT, finish_step)
+        signal.signal(signal.SIGTERM, finish_step)
     while state["step"] < config.steps and not stop:
         stats, records = train_step(policy, optimizer, task, problems, state, config)
-        print(json.dumps(stats), file=metrics, flush=True)
+        if writes:
+            print(json.dumps(stats), file=metrics, flush=True)
         step, state["metrics_bytes"] = state["step"], metrics.tell()
-        stop = bool(add_up(torch.tensor(len(signals))))  # all processes, or none
+        stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
         save = step % config.save_every == 0 or step == config.steps or stop
         if save or step == 1:
             print(f"--- step {step} ---\n{transcript(task, records)}")
@@ -1172,10 +1208,11 @@ def train(task, config, out):
             for old in checkpoints(out)[2:]:
                 shutil.rmtree(old)
     if stop:
-        print(f"saved after step {state['step']}; the same command goes on from there")
+        print(f"saved after step {step}; the same command goes on from there")
         return 128 + max(signals, default=signal.SIGTERM)
-    if writes and config.eval_problems:
+    if in_main_thread:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if writes and config.eval_problems:
         report(policy, task, config, out, f"step {state['step']}")
         del policy, optimizer  # their memory is for the next one
         report(load_policy(config), task, config, out, "start")
@@ -1183,23 +1220,24 @@ def train(task, config, out):
 
 
 def report(policy, task, config, out, name):
-    """Evaluates on problems never trained on, as a row of evaluation.jsonl, and prints the rows there.
-    Ctrl-C ends it early, with the problems done by then."""
-    problems, generator = task.problems("test", config.eval_problems, 0), torch.Generator()
-    generator.manual_seed(0)
-    parts, sizes = [], []
+    """Evaluates on problems never trained on, as a row of evaluation.jsonl, and prints the rows
+    there. Ctrl-C ends it early, with the problems done by then."""
+    problems = task.problems("test", config.eval_problems, 0)
+    generator = torch.Generator().manual_seed(0)
+    done, sums = 0, collections.Counter()
     try:
         for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):
             part = problems[start : start + 50]
-            parts.append(evaluate(policy, task, part, config, generator))
-            sizes.append(len(part))
+            for key, score in evaluate(policy, task, part, config, generator).items():
+                sums[key] += score * len(part)
+            done += len(part)
     finally:
-        row = {"policy": name, "problems": sum(sizes)}
-        for key in parts[0] if parts else ():
-            row[key] = float(np.average([scores[key] for scores in parts], weights=sizes))
+        row = {"policy": name, "problems": done}
+        row |= {key: x / done for key, x in sums.items()}
         out.mkdir(parents=True, exist_ok=True)
         path = out / "evaluation.jsonl"
-        rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        path.touch()
+        rows = map(json.loads, path.read_text().splitlines())
         rows = [old for old in rows if old["policy"] != name] + [row]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for key in row:
@@ -1227,17 +1265,18 @@ def run(config):
     """Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one speaks for all
+        if dist.get_rank():  # one speaks for all
+            sys.stdout = open(os.devnull, "w")
     task = tasks.make_task(config.task, config.data)
     name = config.algo if config.steps else "evaluation"
     out = Path(config.out or f"runs/{name}-{config.task.partition(':')[0]}-{config.seed}")
     if config.ask:
         problem, generator = task.question(config.ask), torch.Generator().manual_seed(config.seed)
         print(f"answer: {solve(load_policy(config), task, problem, config, generator)}")
-    elif config.steps:
+        return 0
+    if config.steps:
         return train(task, config, out)
-    else:
-        report(load_policy(config), task, config, out, Path(config.model).name)
+    report(load_policy(config), task, config, out, Path(config.model).name)
     return 0
 
 
@@ -1253,7 +1292,7 @@ def main(arguments=None):
         message, code = "interrupted", 130
     except torch.OutOfMemoryError:
         message, code = "out of memory: lower --micro-batch-tokens, --rows or the token limits", 2
-    except (AssertionError, ValueError, OSError, ImportError, SafetensorError) as error:
+    except (AssertionError, ValueError, OSError, ImportError) as error:
         message, code = (str(error).strip() or type(error).__name__).splitlines()[0], 2
     print(f"spiral.py: {message}", file=sys.stderr)
     return code
