@@ -100,11 +100,11 @@ class Config:
 
     def __post_init__(self):
         """Raises AssertionError or ValueError: one line that says what to change."""
+        may_be_0 = "seed search_weight steps target_length lora_rank eval_problems rsa_steps"
         for name, x in vars(self).items():
-            fine = isinstance(x, str) or 0 <= x < 2**31
-            assert fine, f"--{name.replace('_', '-')} {x}: out of range"
-        positive = self.problems * self.max_draws * self.save_every * self.population
-        assert positive, "--problems, --max-draws, --save-every, --population: must be above 0"
+            if type(x) in (int, float):
+                fine = 0 <= x < 2**31 and (x or name in may_be_0.split())
+                assert fine, f"--{name.replace('_', '-')} {x}: out of range"
         several = min(self.num_traces, self.num_aggregations, self.num_sets) > 1
         assert several, "--num-traces, --num-sets, --num-aggregations: a baseline takes 2 or more"
         draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
@@ -124,7 +124,7 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.zeros(1, device=name).device
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise AssertionError(f"--device {name}: {error}") from None
 
 
@@ -152,18 +152,18 @@ class HubTokenizer:
     """A Hugging Face tokenizer, its chat template, and every token that ends a completion."""
 
     def __init__(self, path, settings):
-        self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         try:
             listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
             listed = settings.eos_token_id
-        self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(listed).tolist()} - {None}
-        added = self.hf.added_tokens_decoder.values()
-        self.markers = [x.content for x in added if x.special and x.content.strip()]
         try:
+            self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(listed).tolist()} - {None}
             heard = self.chat("one") != self.chat("two")
         except Exception as error:  # a template is somebody else's program
-            raise ValueError(f"{path}: its chat template fails: {error}") from None
+            raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
+        added = self.hf.added_tokens_decoder.values()
+        self.markers = [x.content for x in added if x.special and x.content.strip()]
         assert heard, f"{path}: its chat template leaves out the user's message"
         assert self.eos_ids, f"{path} names no end-of-sequence token"
 
@@ -277,7 +277,8 @@ def use_our_attention(model, path):
         model.set_attn_implementation("spiral")
         logits = head(model, hidden_states(model, tokens, attend), 1.0)
     every = layers == [*range(settings.num_hidden_layers)]
-    if not plain or not every or not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2):
+    same = (logits - expected).norm() < 0.05 * expected.norm()  # bf16 rounds to 1 percent or so
+    if not plain or not every or not same:
         raise ValueError(f"{path}: only models with plain causal attention work here")
 
 

@@ -1,4 +1,4 @@
-"""The invariants of spiral.py and tasks.py, in the order of the files. No network, no GPU:  pytest -q"""
+"""The invariants of spiral.py and tasks.py, in the order of the files. No network, no GPU."""
 
 import ast
 import contextlib
