@@ -9,7 +9,7 @@ Only these are rewarded (r_km, by the task's verifier). The objective, and its g
              + E[ r(x, z) grad log pi(z|x, G) ]             aggregation term: was this answer right?
 
     python spiral.py                      # the tiny policy learns countdown, on a laptop
-    python spiral.py --algo grpo          # the baseline, at the same sampled tokens
+    python spiral.py --algo grpo          # the baseline, as many completions
     python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0    # evaluate a checkpoint
 
 Simplified on purpose: no critic, no reward model, no KL term, no paged cache, no asynchronous
@@ -123,9 +123,12 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise AssertionError(f"--device {name}: {error}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # that of graphs, and of messages between processes
+    return device
 
 
 # ---- Processes of torchrun: each holds the whole model and takes its share of the problems ----
@@ -330,13 +333,19 @@ class Memory:
         self.prompts = zeros(*pairs, rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
         self.own = zeros(*pairs, rows, heads, new_tokens, width)
         self.inputs = zeros(5, rows, dtype=torch.float64)
-        self.graphs = {} if model.device.type == "cuda" else None
+        cuda = model.device.type == "cuda"
+        self.graphs = {} if cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None  # scratch of all graphs
 
 
 def draw_uniforms(num_samples, limit, generator=None, lattice=1):
     """Uniforms [num_samples, limit] fp64 of one prompt; the first of a row is its code. Codes of a
     lattice are (i + shift) / lattice in random order, one shift for all: each is uniform, together
-    they spread over the CDF (QuasiMoTTo, arXiv 2607.01179). A lattice of 1: independent codes."""
+    they spread over the CDF (QuasiMoTTo, arXiv 2607.01179). A lattice of 1: independent codes.
+
+    A token takes the slice of the CDF that its row's code lies in; what is left of the code, scaled
+    to [0, 1), is the code of the next token, as long as another code of the lattice may have come
+    along the same tokens. From there on each token takes a fresh uniform."""
     uniforms = torch.rand(num_samples, limit, generator=generator, dtype=torch.float64)
     if lattice > 1:
         order = torch.rand(num_samples // lattice, lattice, generator=generator).argsort(1)
@@ -353,22 +362,65 @@ def draw_tokens(logits, codes):
     targets = (codes * cdf[:, -1])[:, None]
     tokens = torch.searchsorted(cdf, targets, right=True).clamp_(max=logits.shape[-1] - 1)  # [B, 1]
     logprob = logprobs.gather(-1, tokens)
-    above = cdf.gather(-1, tokens) - targets  # from the code to the slice's upper end
-    left = (1 - above / logprob.exp()).clamp(0, 1 - 2**-53)
+    above, width = cdf.gather(-1, tokens) - targets, logprob.exp()  # slice: above the code, in all
+    left = (1 - above / width).clamp(0, 1 - 2**-53)
     return tokens[:, 0], logprob[:, 0], left[:, 0]
 
 
 def prefill(policy, prompts, first):
     """Runs prompts (token lists), once each, into the places of memory from `first` on."""
+    # All but the last token; a prompt of one token holds a dummy that nobody sees
     tokens = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
     tokens = pad_sequence(tokens, batch_first=True).to(policy.model.device)  # [U, L]
-    places = policy.memory.prompts[:, :, first : first + len(prompts), :, : tokens.shape[1]]
+    cache = policy.memory.prompts[:, :, first : first + len(prompts), :, : tokens.shape[1]]
 
     def attend(layer, query, key, value):
-        places[layer] = torch.stack([key, value])
+        cache[layer] = torch.stack([key, value])
         return causal_attention(layer, query, key, value)  # pads come last: unseen
 
     hidden_states(policy.model, tokens, attend)
+
+
+# A decoding step: row b of B has keys and values of its own, own[b], and those of its prompt,
+# prompts[u], where u is the prompt's place in memory. For attention the rows wait in a grid [U,
+# places], in slot u * places + place: so each prompt is read once for all of its rows.
+
+
+def decode(policy, active, held, prompts, places, temperature, lattice):
+    """A token for each of the `active` rows. held: which of the `prompts` lies where in memory;
+    places: rows of a prompt at most."""
+    inputs = []
+    for row in active:
+        prompt, step = prompts[row.prompt], len(row.tokens)
+        last = row.tokens[-1] if step else prompt[-1]
+        slot = held.index(row.prompt) * places + row.place
+        # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh
+        # uniform is as good as what is left of the code, and rounding can't add up
+        shared = lattice > 1 and sum(row.logprobs) > -math.log(lattice)
+        code = row.code if shared else row.uniforms[step]
+        inputs.append([last, step, len(prompt) - 1, slot, code])
+    inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
+    columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1  # in use: of prompts, of rows
+    step = decode_step if policy.memory.graphs is None else replay
+    outputs = step(policy, inputs, (len(held), *columns, places), temperature)
+    for row, (token, logprob, row.code) in zip(active, outputs.T.tolist(), strict=True):
+        row.tokens.append(int(token))
+        row.logprobs.append(logprob)
+        row.truncated = token not in policy.tokenizer.eos_ids
+
+
+def decode_step(policy, inputs, shape, temperature):
+    """inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in memory, slot, code ->
+    [3, B] fp64: token, log-prob, what is left of the code. shape: how many prompts, columns of
+    prompts, columns of rows, and places to read. Looks at no value: it can be a CUDA graph."""
+    prompts, prompt_columns, own_columns, places = shape
+    tokens, steps, lengths, slots = inputs[:4].long()
+    held = policy.memory.prompts[:, :, :prompts, :, :prompt_columns]
+    own = policy.memory.own[:, :, : len(slots), :, :own_columns]
+    attend = decode_attention(held, own, slots, places, lengths, steps)
+    hidden = hidden_states(policy.model, tokens[:, None], attend, (lengths + steps)[:, None])
+    logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
+    return torch.stack([x.double() for x in draw_tokens(logits, inputs[4])])
 
 
 def decode_attention(prompts, own, slots, places, lengths, steps):
@@ -405,21 +457,6 @@ def decode_attention(prompts, own, slots, places, lengths, steps):
     return attend
 
 
-def decode_step(policy, inputs, shape, temperature):
-    """One token for each row. inputs [5, B] fp64: last token, tokens so far, tokens of its prompt
-    in memory, slot, code -> [3, B] fp64: token, log-prob, what is left of the code. shape:
-    (prompts, their columns, columns of rows, places) to read. Looks at no value: it can be a CUDA
-    graph."""
-    prompts, before, columns, places = shape
-    tokens, steps, lengths, slots = inputs[:4].long()
-    held = policy.memory.prompts[:, :, :prompts, :, :before]
-    own = policy.memory.own[:, :, : len(slots), :, :columns]
-    attend = decode_attention(held, own, slots, places, lengths, steps)
-    hidden = hidden_states(policy.model, tokens[:, None], attend, (lengths + steps)[:, None])
-    logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
-    return torch.stack([x.double() for x in draw_tokens(logits, inputs[4])])
-
-
 def bucket(n):
     """n rounded up to one of four sizes an octave: few shapes, little waste."""
     step = max(1, (1 << (n - 1).bit_length()) // 8)
@@ -427,18 +464,21 @@ def bucket(n):
 
 
 def replay(policy, inputs, shape, temperature):
-    """decode_step as a CUDA graph, of rounded shape. Weights change in place: it stays valid."""
+    """decode_step as a CUDA graph, of rounded shape: rows added by rounding decode garbage in the
+    last slot, of a prompt that no other row has. Weights change in place: a graph stays valid."""
     memory, rows = policy.memory, inputs.shape[1]
-    prompts, *others = shape
-    shape = [bucket(n) for n in (prompts + 1, *others)]  # nobody's rows have a prompt to themselves
+    prompts, *columns, places = shape
+    shape = *[bucket(n) for n in (prompts + 1, *columns)], places
     static = memory.inputs[:, : bucket(rows)].zero_()
-    static[3] = -1  # its last slot
+    static[3] = -1  # the last slot
     static[:, :rows] = inputs
     key = *static.shape, *shape, temperature
     if key not in memory.graphs:
-        decode_step(policy, static, shape, temperature)  # plainly, which warms up
+        outputs = decode_step(policy, static, shape, temperature)  # plainly, which warms up
+        if len(memory.graphs) == 128:  # some 20 MB each
+            return outputs[:, :rows]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=memory.pool):
             outputs = decode_step(policy, static, shape, temperature)
         memory.graphs[key] = graph, outputs
     graph, outputs = memory.graphs[key]
@@ -446,40 +486,17 @@ def replay(policy, inputs, shape, temperature):
     return outputs[:, :rows]
 
 
-def decode(policy, active, held, prompts, places, temperature, lattice):
-    """A token for each of the `active` rows. held: which of the `prompts` lies where in memory."""
-    inputs = []
-    for row in active:
-        prompt, step = prompts[row.prompt], len(row.tokens)
-        last = row.tokens[-1] if step else prompt[-1]
-        slot = held.index(row.prompt) * places + row.place
-        # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh
-        # uniform is as good as what is left of the code, and rounding can't add up
-        spread = sum(row.logprobs) > -math.log(lattice)
-        code = row.code if spread else row.uniforms[step]
-        inputs.append([last, step, len(prompt) - 1, slot, code])
-    inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
-    columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1
-    one_step = decode_step if policy.memory.graphs is None else replay
-    outputs = one_step(policy, inputs, (len(held), *columns, places), temperature)
-    for row, (token, logprob, left) in zip(active, outputs.T.tolist(), strict=True):
-        row.code = left
-        row.tokens.append(int(token))
-        row.logprobs.append(logprob)
-        row.truncated = token not in policy.tokenizer.eos_ids
-
-
 def close_gaps(items, needed, cache):
     """The last `needed` items move into the places of those not needed, with their keys and values
     in cache [layers, 2, items, kv, columns, D]."""
-    left = sum(needed)
-    holes = [i for i in range(left) if not needed[i]]
-    movers = [i for i in range(left, len(items)) if needed[i]]
+    kept = sum(needed)
+    holes = [i for i in range(kept) if not needed[i]]
+    movers = [i for i in range(kept, len(items)) if needed[i]]
     if holes:
         cache[:, :, holes] = cache[:, :, movers]
     for hole, mover in zip(holes, movers, strict=True):
         items[hole] = items[mover]
-    del items[left:]
+    del items[kept:]
 
 
 @torch.no_grad()
@@ -501,26 +518,26 @@ def sample(
     all that memory holds. lattice: so many of a prompt's completions share a lattice of codes. What
     is sampled doesn't depend on the batch. Raises AssertionError for an empty prompt, and for what
     memory doesn't hold."""
-    memory = policy.memory
-    most = max_rows or memory.own.shape[2]
+    memory, generators = policy.memory, generator if isinstance(generator, list) else [generator]
+    rows, places = memory.own.shape[2], memory.prompts.shape[2] - 1  # one is nobody's
+    most = min(max_rows or rows, rows)
     assert prompts and all(prompts), "sample needs at least one prompt, and a token in each"
     assert num_samples % lattice == 0, f"{num_samples} samples are not whole lattices of {lattice}"
-    longest, columns = max(map(len, prompts)), memory.own.shape[4]
-    fits = longest <= memory.prompts.shape[4] and max_new_tokens <= columns and num_samples <= most
-    assert fits, "memory is too small: raise --max-prompt-tokens or --rows"
-    generators = generator if isinstance(generator, list) else [generator]
+    fits = (
+        max(map(len, prompts)) <= memory.prompts.shape[4] and max_new_tokens <= memory.own.shape[4]
+    )
+    assert fits and num_samples <= most, "memory is too small: raise --max-prompt-tokens or --rows"
     results = []
     for i in range(len(prompts)):
-        own = generators[i * len(generators) // len(prompts)]
-        uniforms = draw_uniforms(num_samples, max_new_tokens, own, lattice).tolist()
+        source = generators[i * len(generators) // len(prompts)]
+        uniforms = draw_uniforms(num_samples, max_new_tokens, source, lattice).tolist()
         results.append([Completion(i, j, row, row[0]) for j, row in enumerate(uniforms)])
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
     active, held = [], []
     progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
     while waiting or active:
-        free = most - len(active)
-        room = min(free // num_samples, memory.prompts.shape[2] - 1 - len(held))
-        if waiting and room and free >= most // 4:  # small batches are slow
+        room = min((most - len(active)) // num_samples, places - len(held))  # for prompts
+        if waiting and 4 * room >= min(most // num_samples, places):  # small batches are slow
             room = min(room, 1 + 16384 // len(prompts[waiting[0]]))  # tokens at once
             new, waiting = waiting[:room], waiting[room:]
             prefill(policy, [prompts[i] for i in new], len(held))
@@ -528,12 +545,16 @@ def sample(
             for i in new:
                 active += results[i]
         decode(policy, active, held, prompts, num_samples, temperature, lattice)
+        # Finished rows leave, then prompts that nobody needs; the last ones take their places
         go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(go_on.count(False))
         close_gaps(active, go_on, memory.own)
         needed = {row.prompt for row in active}
         close_gaps(held, [i in needed for i in held], memory.prompts)
     progress.close()
+    for completions in results:
+        for c in completions:
+            c.uniforms = []  # they took more memory than the tokens
     return results
 
 
@@ -544,15 +565,17 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order. Uniform without replacement, or balanced: each trace in K n / N1 sets. Raises ValueError
     when there are no such sets."""
+    block = math.lcm(num_traces, set_size) if balanced else max(1, set_size)
+    enough = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
+    tries = 10_000 * num_sets if enough and num_sets * set_size % block == 0 else 0
     # A block of whole permutations, cut into sets, holds every trace equally often; without balance
-    # a block is one set. Blocks that don't fit are drawn again
-    block = math.lcm(num_traces, set_size) if balanced else set_size
-    possible = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
-    possible = possible and num_sets * set_size % block == 0
-    sets, rounds = [], math.ceil(block / max(1, num_traces))
-    for _ in range(10_000 * num_sets * possible):
-        order = [torch.randperm(num_traces, generator=generator) for _ in range(rounds)]
-        more = sets + torch.cat(order)[:block].view(-1, set_size).tolist()
+    # a block is one set. 6 traces, sets of 4: two permutations are three sets, the middle one of
+    # which may hold a trace twice. A block that doesn't fit is drawn again
+    sets = []
+    for _ in range(tries):
+        rounds = range(math.ceil(block / num_traces))
+        order = torch.cat([torch.randperm(num_traces, generator=generator) for _ in rounds])
+        more = sets + order[:block].view(-1, set_size).tolist()
         if len({frozenset(s) for s in more if len(set(s)) == set_size}) == len(more):
             sets = more
         elif balanced and torch.rand((), generator=generator) < 0.05:
@@ -605,14 +628,14 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
     scores = rewards.mean(-1)  # [P, K] f_k
     member = F.one_hot(sets, num_traces).sum(2)  # [P, K, N1]
     from_mean = scores - scores.mean(1, keepdim=True)  # [P, K]
-    summed = (from_mean[:, :, None] * member).sum(1)  # [P, N1]
     if published:
-        return summed / member.sum(1).clamp(min=1)
-    # Sets come from all C(N1, n); balanced ones are like all sets: j is in exactly n / N1 of them
+        return (from_mean[:, :, None] * member).sum(1) / member.sum(1).clamp(min=1)
+    against_others = from_mean * num_sets / (num_sets - 1)  # [P, K] A_set(k)
+    # p: of the other sets, R - 1 of K - 1 hold j if balanced (R = K n / N1); else, of all C(N1, n),
+    # C(N1 - 1, n - 1) - 1 of C(N1, n) - 1, which is the same with C(N1, n) in K's place
     every = num_sets if balanced else math.comb(num_traces, set_size)
     p = (every * set_size / num_traces - 1) / (every - 1)
-    # A_set(k) is K / (K - 1) from_mean, and its K cancels that of the definition
-    return summed / ((num_sets - 1) * (1 - p))
+    return (against_others[:, :, None] * member).sum(1) / (num_sets * (1 - p))
 
 
 def aggregation_advantages(rewards, published=False):
@@ -621,8 +644,8 @@ def aggregation_advantages(rewards, published=False):
     from_mean = rewards - rewards.mean(-1, keepdim=True)
     if published:
         return from_mean
-    # Leaving one out makes it N2 / (N2 - 1) from_mean, and this N2 cancels that of the definition
-    return from_mean / (rewards.shape[1] * (rewards.shape[2] - 1))
+    _, num_sets, many = rewards.shape
+    return from_mean * many / (many - 1) / (num_sets * many)  # leaving one out, and the scale
 
 
 def grpo_advantages(rewards):
@@ -643,18 +666,21 @@ def curve_advantages(trace_rewards, curve, set_size):
     right = trace_rewards.long()
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
-    def mean_score(found, size, own):
-        """Of all sets of `size` others, `found` of which are right, and `own` right traces more."""
+    def mean_score(right_ones, size, r):
+        """Of all sets of `size` others (right_ones of all are right) and a trace of reward r."""
         score = 0.0
-        for i in range(size + 1):
-            ways = math.comb(found, i) * math.comb(others - found, size - i)
-            score += ways / math.comb(others, size) * curve[i + own]
+        for c in range(size + 1):  # hypergeometric
+            ways = math.comb(right_ones, c) * math.comb(others - right_ones, size - c)
+            score += ways / math.comb(others, size) * curve[c + r]
         return score
 
     credit = torch.zeros(2, others + 1)  # by the trace's reward, and right ones of the others
-    for own, found in itertools.product(range(2), range(others + 1)):
-        with_it, without = mean_score(found, set_size - 1, own), mean_score(found, set_size, 0)
-        credit[own, found] = set_size / (others + 1) * (with_it - without)
+    for r, right_ones in itertools.product(range(2), range(others + 1)):
+        in_it, out_of_it = (
+            mean_score(right_ones, set_size - 1, r),
+            mean_score(right_ones, set_size, 0),
+        )
+        credit[r, right_ones] = set_size / (others + 1) * (in_it - out_of_it)
     return credit[right, right_others]
 
 
@@ -667,8 +693,8 @@ def search_credit(config, trace_rewards, rewards, sets, curve):
         return search_advantages(
             rewards, sets, config.num_traces, config.balanced, config.published
         )
-    right = torch.arange(n + 1) / n
-    curves = {"trace": right, "pass": right.ceil(), "curve": curve}
+    share = torch.arange(n + 1) / n
+    curves = {"trace": share, "pass": share.ceil(), "curve": curve}
     return curve_advantages(trace_rewards, curves[kind], n)
 
 
@@ -682,7 +708,8 @@ class Group:
 
 
 def micro_batches(groups, budget):
-    """The completions that have an advantage, in Groups of `budget` tokens or of one completion."""
+    """The completions that have an advantage, in Groups of one prompt, and of at most `budget`
+    tokens or of one completion."""
     for group in groups:
         useful = [c for c in group.completions if c.advantage]
         longest = max((len(c.tokens) for c in useful), default=1)
@@ -715,8 +742,8 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     size = 1 + chunk_elements // len(model.get_output_embeddings().weight)
     if len(targets) <= size:
         return chunk_logprobs(hidden, targets)
-    again = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False)
-    return torch.cat([*map(again, hidden.split(size), targets.split(size))])
+    recomputed = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False)
+    return torch.cat([*map(recomputed, hidden.split(size), targets.split(size))])
 
 
 def completion_logprobs(model, group, temperature):
@@ -724,6 +751,7 @@ def completion_logprobs(model, group, temperature):
     group. The prompt runs once, with exactly the gradient of whole sequences. As in the sampler,
     its last token is each completion's first input: so every place in a completion predicts the
     token of that place."""
+    # Inputs: p_0 .. p_L-1, then p_L a_0 a_1, p_L b_0 b_1 b_2 ...; targets: a_0 a_1 a_2, b_0 b_1 ...
     *inputs, last = group.prompt
     start = len(inputs)
     positions, sizes, sampled = [*range(start)], [start], []
@@ -745,7 +773,7 @@ def completion_logprobs(model, group, temperature):
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
     """Clipped policy gradient, summed over tokens; all [N]. In a rollout's first update the ratio
-    is 1: REINFORCE, minus sum advantage * grad log pi."""
+    is 1 up to rounding: REINFORCE, minus sum advantage * grad log pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
@@ -810,13 +838,13 @@ def update(policy, optimizer, groups, num_problems, config):
 
 def complete(policy, task, problems, prompts, config, limit, num_samples, generator, lattice=1):
     """Completions of each problem's prompt, with texts and rewards -> [P] Groups."""
-    how = limit, config.temperature, num_samples, generator, 0, lattice
-    groups = list(map(Group, prompts, sample(policy, prompts, *how)))
-    for problem, group in zip(problems, groups, strict=True):
-        for c in group.completions:
+    how = {"num_samples": num_samples, "generator": generator, "lattice": lattice}
+    results = sample(policy, prompts, limit, config.temperature, **how)
+    for problem, completions in zip(problems, results, strict=True):
+        for c in completions:
             c.text = policy.tokenizer.decode(c.tokens)
             c.reward = float(task.reward(problem, c.text))
-    return groups
+    return list(map(Group, prompts, results))
 
 
 def search(policy, task, problems, config, num_samples, generator, lattice=1):
@@ -879,7 +907,7 @@ def rollout(policy, task, problems, config, generators, curve=None):
     """The whole pipeline on P problems, each with its own generator -> P Records."""
     num_traces, many, grpo = config.num_traces, config.num_aggregations, config.algo == "grpo"
     if grpo:
-        num_traces += config.num_sets * many  # as many completions
+        num_traces += config.num_sets * many  # as many completions as spiral samples
     lattice = num_traces if config.lattice else 1
     found = search(policy, task, problems, config, num_traces, generators, lattice)  # P groups
     trace_rewards = rewards_of(found)  # [P, N1]
@@ -887,15 +915,15 @@ def rollout(policy, task, problems, config, generators, curve=None):
         sets = answers = [[]] * len(problems)
         credit = grpo_advantages(trace_rewards)
     else:
-        how = num_traces, config.set_size, config.num_sets
-        sets = [draw_sets(*how, generator, config.balanced) for generator in generators]
+        sizes = num_traces, config.set_size, config.num_sets
+        sets = [draw_sets(*sizes, generator, config.balanced) for generator in generators]
         how = sets, config, many, generators
         answers = aggregate_members(policy, task, problems, found, *how)  # [P][K] groups
         rewards = torch.stack([*map(rewards_of, answers)])  # [P, K, N2]
         credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
         credit *= config.search_weight
-        own = aggregation_advantages(rewards, config.published)
-        set_advantages(sum(answers, []), own, config.target_length)
+        advantages = aggregation_advantages(rewards, config.published)
+        set_advantages(sum(answers, []), advantages, config.target_length)
     set_advantages(found, credit, config.target_length)
     return list(map(Record, problems, found, answers, sets))
 
@@ -1024,8 +1052,8 @@ def recursive_self_aggregation(
     history = [population or search(policy, task, problems, config, size, generator, size)]
     for _ in range(steps):
         size = len(history[0][0].completions)
-        evenly = torch.ones(len(problems), size, size)  # without replacement
-        sets = [torch.multinomial(chances, n, generator=generator) for chances in evenly]
+        orders = torch.rand(len(problems), size, size, generator=generator).argsort(2)
+        sets = orders[:, :, :n]  # [P, size, n]
         how = history[-1], sets, config, 1, generator
         answers = aggregate_members(policy, task, problems, *how)  # [P][size] groups of one
         history.append([Group([], [g.completions[0] for g in groups]) for groups in answers])
@@ -1061,14 +1089,17 @@ def evaluate(policy, task, problems, config, generator):
         f"pass@{population}": rewards.view(-1, population).amax(1),
         f"majority@{size}": torch.tensor([vote_reward(task, group.completions) for group in found]),
         f"aggregate@{n}": answers,
-        "emergent": answers[hopeless],
+        "hopeless sets": hopeless,
+        "emergent": answers * hopeless,
     }
     start = [Group(group.prompt, group.completions[:population]) for group in found]
     how = config, start, config.rsa_steps, generator
     history = recursive_self_aggregation(policy, task, problems, *how)
     for step, groups in enumerate(history[1:], 1):
         scores[f"rsa step {step}"] = rewards_of(groups)
-    return {name: x.mean().nan_to_num().item() for name, x in scores.items()} | statistics(found)
+    stats = statistics(found)
+    means = {name: x.float().mean().item() for name, x in scores.items()}
+    return means | {name: stats[name] for name in ("entropy", "length", "truncated")}
 
 
 # ---- Checkpoints: folders in Hugging Face format. Randomness comes from seed and step alone ----
@@ -1106,7 +1137,7 @@ def checkpoints(out):
 
 def resume(config, out):
     """(folder, state) of the newest checkpoint in `out`, or None and the state of a new run. Raises
-    AssertionError when the folder holds another run."""
+    AssertionError when the folder holds another run; options not listed here may change."""
     fixed = "algo task data model seed train_problems lora_rank dtype set_size".split()
     run = {name: getattr(config, name) for name in fixed}
     run["data file"] = zlib.crc32(Path(config.data).read_bytes()) if config.data else 0
@@ -1143,22 +1174,23 @@ def train_step(policy, optimizer, task, problems, state, config):
     prior = torch.linspace(0, 1, config.set_size + 1)  # c / n, which counts as one aggregation
     curve = (counts[0] + prior) / (counts[1] + 1)
     records, useful, cursor = collect(policy, task, problems, state["cursor"], config, curve)
-    sampled = time.time()
+    sampled, drawn = time.time(), cursor - state["cursor"]
     counts = 0.9 * counts + response_counts(records, config.set_size)
     step = state["step"] + 1
     state |= {"step": step, "cursor": cursor, "curve": counts.tolist()}
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / 5)
     traces = [record.search for record in records]
     answers = [group for record in records for group in record.aggregations]
-    for _ in range(config.updates):
-        stats = update(policy, optimizer, traces + answers, max(1, useful), config)
-    stats |= {"step": step, "drawn": len(records), "useful": useful, "curve": curve.tolist()}
+    how = traces + answers, max(1, useful), config
+    results = [update(policy, optimizer, *how) for _ in range(config.updates)]
+    stats = results[0] | {"skipped": any(result["skipped"] for result in results)}
+    stats |= {"step": step, "drawn": drawn, "useful": useful, "curve": curve.tolist()}
     stats |= {"search": statistics(traces), "aggregation": statistics(answers or traces)}
     start = state.setdefault("start", stats["search"]["reward"])
     print(
         f"step {step:3d}/{config.steps}  answer {stats['aggregation']['reward']:.3f}  "
         f"trace {stats['search']['reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
-        f"entropy {stats['search']['entropy']:.2f}  useful {useful}/{len(records)}  "
+        f"entropy {stats['search']['entropy']:.2f}  useful {useful}/{drawn}  "
         f"{sampled - began:.1f}+{time.time() - sampled:.1f}s"
     )
     for note in notes(stats, start, 1e-4 if config.dtype == "float32" else 0.01):
@@ -1186,15 +1218,15 @@ def train(task, config, out):
     print(f"{config.algo} on {config.task}, into {out}/")
     signals, stop = [], 0
 
-    def finish_step(number, _):
+    def ask_to_stop(number, _):
         if signals:  # the second one ends at once
             os._exit(128 + number)
         signals.append(number)
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
-        signal.signal(signal.SIGINT, finish_step)
-        signal.signal(signal.SIGTERM, finish_step)
+        signal.signal(signal.SIGINT, ask_to_stop)
+        signal.signal(signal.SIGTERM, ask_to_stop)
     while state["step"] < config.steps and not stop:
         stats, records = train_step(policy, optimizer, task, problems, state, config)
         if writes:
@@ -1202,7 +1234,7 @@ def train(task, config, out):
         step, state["metrics_bytes"] = state["step"], metrics.tell()
         stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
         save = step % config.save_every == 0 or step == config.steps or stop
-        if save or step == 1:
+        if records and (save or step == 1):
             print(f"--- step {step} ---\n{transcript(task, records)}")
         if save and writes:
             save_checkpoint(out / f"step-{step}", state, policy, optimizer)
@@ -1213,6 +1245,7 @@ def train(task, config, out):
         return 128 + max(signals, default=signal.SIGTERM)
     if in_main_thread:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if writes and config.eval_problems:
         report(policy, task, config, out, f"step {state['step']}")
         del policy, optimizer  # their memory is for the next one
@@ -1239,10 +1272,13 @@ def report(policy, task, config, out, name):
         path = out / "evaluation.jsonl"
         path.touch()
         rows = map(json.loads, path.read_text().splitlines())
-        rows = [old for old in rows if old["policy"] != name] + [row]
+        rows = [old for old in rows if old["policy"] != name or not done] + [row] * (done > 0)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for key in row:
-            print(f"{key:<18}" + "".join(f"{old.get(key)!s:>12.6}" for old in rows))
+            cells = [
+                f"{old[key]:.4g}" if key in sums else str(old[key]) for old in rows if key in old
+            ]
+            print(f"{key:<18}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 # ---- Command line ----
