@@ -840,9 +840,11 @@ def complete(policy, task, problems, prompts, config, limit, num_samples, genera
     """Completions of each problem's prompt, with texts and rewards -> [P] Groups."""
     how = {"num_samples": num_samples, "generator": generator, "lattice": lattice}
     results = sample(policy, prompts, limit, config.temperature, **how)
+    # Some chat templates begin the thought that the verifier and the aggregator must not see
+    thinks = policy.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
     for problem, completions in zip(problems, results, strict=True):
         for c in completions:
-            c.text = policy.tokenizer.decode(c.tokens)
+            c.text = "<think>" * thinks + policy.tokenizer.decode(c.tokens)
             c.reward = float(task.reward(problem, c.text))
     return list(map(Group, prompts, results))
 
