@@ -1,4 +1,4 @@
-"""The invariants of spiral.py and tasks.py, in the order of the files. No network, no GPU:  pytest -q"""
+"""The invariants of spiral.py and tasks.py, in their order. No network, no GPU:  pytest -q"""
 
 import ast
 import contextlib
@@ -46,6 +46,30 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name): a list that gets the arguments of all calls, which happen all the same."""
+
+    def watch(module, name):
+        calls, function = [], getattr(module, name)
+
+        def watched(*arguments, **options):
+            calls.append(arguments)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+        return calls
+
+    return watch
+
+
+def raising(error):
+    def function(*arguments, **options):
+        raise error
+
+    return function
+
+
 # ---- The estimator, by complete enumeration of a toy policy over three traces ----
 
 VALUES = torch.tensor([1.0, 0.0, 1.0]).double()  # what the verifier says of the traces
@@ -91,44 +115,24 @@ def enumerate_estimator(sizes, balanced=False, published=False, curve=None):
     return torch.autograd.grad(chance @ estimate, pair), torch.autograd.grad(objective, pair)
 
 
-UNIFORM = [(3, 2, 2, 2), (3, 2, 3, 2), (4, 2, 3, 2), (3, 2, 2, 3)]
-BALANCED = [(4, 2, 2, 2), (4, 2, 4, 2), (3, 2, 3, 2)]
-SIZES = [*zip(UNIFORM, [False] * 4, strict=True), *zip(BALANCED, [True] * 3, strict=True)]
+SIZES = [(4, 2, 2, 2), (4, 2, 4, 2), (3, 2, 3, 3)]
 
 
 @each("curve", [None, CURVE])
-@each("sizes, balanced", SIZES)
+@each("balanced", [False, True])
+@each("sizes", SIZES)
 def test_the_estimate_is_unbiased(sizes, balanced, curve):
     """Both terms at ratio 1; with a curve and its residual too, whatever the curve is."""
     expected, truth = enumerate_estimator(sizes, balanced, curve=curve)
     assert_close(expected, truth, rtol=1e-6, atol=1e-7)
 
 
-@each("sizes, ratio", [*zip(UNIFORM[:3], [0.5, 0.5, 0.9], strict=True)])
+@each("sizes, ratio", [*zip(SIZES, [0.6, 1.0, 0.5], strict=True)])
 def test_the_published_convention_has_its_known_factors(sizes, ratio):
     """Right in direction; the sizes weigh the two terms by accident."""
-    expected, truth = enumerate_estimator(sizes, published=True)
-    factors = ratio, sizes[2] * (sizes[3] - 1)
-    assert_close(expected, tuple(f * t for f, t in zip(factors, truth, strict=True)))
-
-
-CURVES = {"trace": [0, 1 / 3, 2 / 3, 1], "pass": [0.0, 1, 1, 1], "other": [0.2, 0.1, 0.9, 0.4]}
-
-
-@each("name", CURVES)
-def test_credit_for_traces_is_the_gradient_of_what_it_stands_for(name):
-    """trace, as grpo: of the chance of a right trace. pass: of pass@n. Any curve: of its mean."""
-    theta = torch.tensor([0.3, -0.5, 0.9]).double().requires_grad_()
-    curve = torch.tensor(CURVES[name])
-    logprobs = theta.log_softmax(0)[tuples(4)]  # [81, 4]
-    credit = spiral.curve_advantages(VALUES[tuples(4)], curve, 3)
-    estimate = logprobs.sum(1).exp().detach() @ (credit * logprobs).sum(1)
-    p = theta.softmax(0) @ VALUES
-    right = torch.arange(4)
-    ways = torch.tensor([1, 3, 3, 1])
-    objective = (curve * ways * p**right * (1 - p) ** (3 - right)).sum()
-    expected, truth = (torch.autograd.grad(x, theta)[0] for x in (estimate, objective))
-    assert_close(expected, truth, rtol=1e-5, atol=1e-6)
+    (search, aggregation), truth = enumerate_estimator(sizes, published=True)
+    factor = sizes[2] * (sizes[3] - 1)
+    assert_close((search / ratio, aggregation / factor), truth)
 
 
 def test_curve_credit_is_the_mean_over_all_sets_with_a_trace_minus_those_without():
@@ -143,14 +147,13 @@ def test_curve_credit_is_the_mean_over_all_sets_with_a_trace_minus_those_without
 
 
 def test_balanced_search_credit_has_the_sets_without_the_trace_as_baseline():
-    generator = seeded()
-    sets = torch.stack([spiral.draw_sets(8, 4, 4, generator, True) for _ in range(5)])
-    rewards = torch.rand(5, 4, 3, generator=generator)
-    member = one_hot(sets, 8).sum(2).float()  # [5, 4, 8]
-    scores = rewards.mean(-1, keepdim=True)
-    without = (scores * (1 - member)).sum(1, keepdim=True) / 2
-    expected = (member * (scores - without)).sum(1) / 4
-    assert_close(spiral.search_advantages(rewards, sets, 8, balanced=True), expected)
+    """Each trace is in two sets of four."""
+    sets = spiral.draw_sets(8, 4, 4, seeded(), True)
+    rewards = torch.rand(4, 3, generator=seeded())
+    member = one_hot(sets, 8).sum(1).float()  # [4, 8]
+    expected = rewards.mean(1) @ (member - (1 - member)) / 4
+    credit = spiral.search_advantages(rewards[None], sets[None], 8, balanced=True)
+    assert_close(credit[0], expected)
 
 
 # ---- Sets ----
@@ -261,27 +264,15 @@ def assert_exact(policy, results, temperature=1.0, prompts=PROMPTS):
 
 
 @every_architecture
-@each("temperature, rows", [(1.0, 0), (0.7, 4), (1.0, 9)])
+@each("temperature, rows", [(1.0, 0), (0.7, 4), (1.0, 9), (0.0, 4)])
 def test_sampled_logprobs_equal_an_uncached_forward(name, temperature, rows):
-    """Ragged and repeated prompts, rows that finish early, places that are filled again."""
+    """Ragged and repeated prompts, rows that finish early, places that are filled again. At
+    temperature 0 all but the likeliest token have a log-prob far below 0."""
     policy = kept_policy(name)
     results = sample(policy, heat=temperature, rows=rows)
-    assert_exact(policy, results, temperature)
+    assert_exact(policy, results, temperature or 1e-6)
     lengths = {len(c.tokens) for completions in results for c in completions}
-    assert min(lengths) < 6 and max(lengths) == 16  # or the test shows nothing
-
-
-@every_architecture
-def test_temperature_zero_is_greedy_generation(name):
-    policy = kept_policy(name)
-    results = tokens_of(sample(policy, heat=0, count=2, rows=4))
-    policy.model.set_attn_implementation("sdpa")
-    how = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": EOS_IDS, "pad_token_id": 0}
-    for prompt, found in zip(PROMPTS, results, strict=True):
-        given = torch.tensor([prompt])
-        out = policy.model.generate(given, attention_mask=given * 0 + 1, **how)
-        assert found == [out[0, len(prompt) :].tolist()] * 2
-    policy.model.set_attn_implementation("spiral")
+    assert max(lengths) == 16 and min(lengths) < (6 if temperature else 17)  # or it shows little
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch():
@@ -290,11 +281,10 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch():
     assert first != tokens_of(sample(policy, seed=1))
     assert len({tuple(row) for rows in first for row in rows}) > 15  # also where a prompt is twice
     assert all(tokens_of(sample(policy, rows=rows)) == first for rows in (4, 7, 13))
-    found = []
-    for places in ([0, 1, 2, 3, 4], [3, 1]):
-        prompts, generators = [PROMPTS[i] for i in places], [*map(seeded, places)]
-        found.append(tokens_of(spiral.sample(policy, prompts, 16, 1.0, 4, generators)))
-    assert found[1] == [found[0][3], found[0][1]]
+    how = 16, 1.0, 4
+    every = spiral.sample(policy, PROMPTS, *how, [*map(seeded, range(5))])
+    pair = spiral.sample(policy, [PROMPTS[3], PROMPTS[1]], *how, [seeded(3), seeded(1)])
+    assert tokens_of(pair) == tokens_of([every[3], every[1]])
 
 
 @each("lattice", [1, 2, 3, 8])
@@ -303,9 +293,8 @@ def test_each_completion_follows_the_policy(lattice):
     8 in which 0 and 5 end."""
     policy, prompts, chances = kept_policy(vocab_size=8, rows=2000), [[1, 2, 3]] * 4000, Counter()
     for pair in itertools.product(range(8), repeat=2):
-        with torch.no_grad():
-            logprobs = reference_logprobs(policy.model, prompts[0], [*pair], 0.7)
-        chances[pair[:1] if pair[0] in EOS_IDS else pair] += logprobs.sum().exp().item()
+        chance = reference_logprobs(policy.model, prompts[0], [*pair], 0.7).sum().exp()
+        chances[pair[:1] if pair[0] in EOS_IDS else pair] += chance.item()
     how = {"tokens": 2, "heat": 0.7, "count": lattice, "lattice": lattice}
     results = tokens_of(sample(policy, prompts=prompts, **how))
     assert max(chances.values()) < 0.5
@@ -323,66 +312,44 @@ def uniform_policy(rows=64):
     return policy
 
 
-@each("tokens", [1, 2])
-def test_a_lattice_covers_a_uniform_distribution_completely(tokens):
-    count = 8**tokens
-    how = {"tokens": tokens, "count": count, "lattice": count}
+def test_a_lattice_covers_a_uniform_distribution_completely():
+    how = {"tokens": 2, "count": 64, "lattice": 64}
     (found,) = tokens_of(sample(uniform_policy(), prompts=[[1]], **how))
-    assert len({*map(tuple, found)}) == count and found != sorted(found)
+    assert len({*map(tuple, found)}) == 64 and found != sorted(found)
 
 
-def test_long_completions_of_a_lattice_stay_exact():
+def test_long_completions_of_a_lattice_stay_random():
     """Of 60 tokens of 3 bits a code of 53 bits knows little; the last ones are as random."""
-    policy = uniform_policy(200)
-    results = tokens_of(sample(policy, prompts=[[1]] * 100, tokens=60, count=2, lattice=2))
+    how = {"tokens": 60, "count": 2, "lattice": 2}
+    results = tokens_of(sample(uniform_policy(200), prompts=[[1]] * 100, **how))
     for member in (0, 1):
         late = [token for found in results for token in found[member][20:]]
         counts = Counter(zip(late[::2], late[1::2], strict=True))
         assert len(counts) == 64 and plausible(counts.values(), [2000 / 64] * 64)
-    assert all(found[0][20:] != found[1][20:] for found in results)
-    policy = toy_policy()
-    policy.tokenizer.eos_ids = []
-    assert_exact(policy, sample(policy, tokens=90, lattice=4))
+    assert all(one[20:] != two[20:] for one, two in results)
 
 
-def test_a_prompt_runs_once_and_finished_rows_make_room(monkeypatch):
-    policy, prefilled, batches = toy_policy(rows=12), [], []
-    prefill, decode = spiral.prefill, spiral.decode
-
-    def watched_prefill(policy, prompts, first):
-        prefilled.extend(prompts)
-        prefill(policy, prompts, first)
-
-    def watched_decode(policy, active, held, *rest):
-        batches.append((len(active), len(held), len({len(row.tokens) for row in active})))
-        decode(policy, active, held, *rest)
-
-    monkeypatch.setattr(spiral, "prefill", watched_prefill)
-    monkeypatch.setattr(spiral, "decode", watched_decode)
+def test_a_prompt_runs_once_and_finished_rows_make_room(spy):
+    """A quarter as many prompts as rows are held, and one; new rows run beside old ones."""
+    policy, prefills, steps = (
+        toy_policy(rows=12),
+        spy(spiral, "prefill"),
+        spy(spiral, "decode_step"),
+    )
     prompts = [[i + 1, i + 2, 3 * i + 1, 7] for i in range(12)]
     assert_exact(policy, sample(policy, prompts=prompts, count=3), prompts=prompts)
-    assert sorted(prefilled) == prompts and len(batches) < 12 / 4 * 16
-    rows, held, ages = map(max, zip(*batches, strict=True))
-    assert (rows, held) == (
-        12,
-        4,
-    ) and ages > 1  # a quarter as many prompts, and one; new beside old
+    assert sorted(prompt for call in prefills for prompt in call[1]) == prompts
+    sizes = [(x.shape[1], shape[0], len(x[1].unique())) for _, x, shape, _ in steps]
+    rows, held, ages = map(max, zip(*sizes, strict=True))
+    assert (rows, held) == (12, 4) and ages > 1 and len(steps) < 12 / 4 * 16
 
 
 def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
-    policy, draw, calls = toy_policy(), spiral.draw_tokens, iter([0, 0, 1])
-
-    def interrupted(*arguments):
-        if next(calls):
-            raise KeyboardInterrupt
-        return draw(*arguments)
-
+    policy = toy_policy()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(spiral, "draw_tokens", interrupted)
+        patch.setattr(spiral, "close_gaps", raising(KeyboardInterrupt))
         sample(policy, seed=1)
-    results = sample(policy)
-    assert_exact(policy, results)
-    assert tokens_of(results) == tokens_of(sample(toy_policy()))
+    assert sample(policy) == sample(toy_policy())
 
 
 READS_VALUES = "_local_scalar_dense nonzero masked_select _unique2 lift_fresh".split()
@@ -487,11 +454,10 @@ def test_calls_that_do_not_fit_are_refused(call):
         sample(kept_policy(), **call)
 
 
-LAYERS = ["sliding_attention", "full_attention"]
 REFUSED = [
     ("Mistral", {**HALF, "sliding_window": 6}),
-    ("Gemma2", {**FULL, "layer_types": LAYERS[1:] * 2}),  # soft caps
-    ("Gemma3Text", {**FULL, "layer_types": LAYERS}),
+    ("Gemma2", {**FULL, "layer_types": ["full_attention"] * 2}),  # soft caps
+    ("Gemma3Text", {**FULL, "layer_types": ["sliding_attention"] * 2}),
     ("Bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     ("GPTJ", {**GPT2, "rotary_dim": 4}),
 ]
@@ -525,7 +491,7 @@ def completion(**fields):
 def toy_groups(policy, temperature=1.0):
     """Five ragged prompts with four completions each, and random advantages."""
     results = sample(policy, heat=temperature)
-    groups = [spiral.Group(*pair) for pair in zip(PROMPTS, results, strict=True)]
+    groups = [*map(spiral.Group, PROMPTS, results)]
     spiral.set_advantages(groups, torch.randn(20, generator=seeded()), 0)
     return groups
 
@@ -575,13 +541,19 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(budget):
     groups = toy_groups(policy)
     groups[1].completions[2].advantage = 0.0
     batches = list(spiral.micro_batches(groups, budget))
-    useful = [(prompt, c.tokens) for prompt, c in all_of(groups) if c.advantage]
-    assert [(prompt, c.tokens) for prompt, c in all_of(batches)] == useful
+    assert all_of(batches) == [(prompt, c) for prompt, c in all_of(groups) if c.advantage]
     for batch in batches:
         size = len(batch.prompt) + sum(len(c.tokens) for c in batch.completions)
         assert size <= budget or len(batch.completions) == 1
     gradient = gradient_of_update(policy, groups, micro_batch_tokens=budget)[0]
     assert close(gradient, reinforce(policy, groups))
+
+
+def test_without_advantages_there_is_no_step():
+    groups = toy_groups(kept_policy())
+    spiral.set_advantages(groups, torch.zeros(20), 0)
+    gradient, stats = gradient_of_update(kept_policy(), groups)
+    assert gradient is None and not any(stats.values())
 
 
 def test_chunked_logprobs_equal_one_chunk():
@@ -594,17 +566,6 @@ def test_chunked_logprobs_equal_one_chunk():
         logprobs = spiral.token_logprobs(model, hidden, targets, 0.7, elements)
         gradient = torch.autograd.grad(logprobs @ weights.float(), inputs)
         assert_close((logprobs, *gradient), (full, *expected), rtol=1e-5, atol=1e-5)
-
-
-def test_eos_is_trained_and_without_advantage_there_is_no_step():
-    policy = kept_policy()
-    logprob = reference_logprobs(policy.model, [1, 2, 3], [5]).tolist()
-    alone = completion(tokens=[5], logprobs=logprob, advantage=2.0)
-    groups = [spiral.Group([1, 2, 3], [alone])]
-    assert close(gradient_of_update(policy, groups)[0], reinforce(policy, groups))
-    alone.advantage = 0.0
-    gradient, stats = gradient_of_update(policy, groups)
-    assert gradient is None and not any(stats.values())
 
 
 def test_clipping_by_hand():
@@ -623,32 +584,26 @@ def test_the_second_update_is_clipped():
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.3)
     spiral.update(policy, optimizer, groups, 3, spiral.Config())
     for prompt, c in all_of(groups):
-        ratio = (
-            reference_logprobs(policy.model, prompt, c.tokens) - torch.tensor(c.logprobs)
-        ).exp()
-        active = ratio < 1.05 if c.advantage > 0 else ratio > 0.95
-        loss -= (c.advantage * ratio)[active].sum() / 3
+        logprobs = reference_logprobs(policy.model, prompt, c.tokens)
+        loss += spiral.policy_loss(logprobs, torch.tensor(c.logprobs), c.advantage, 0.05) / 3
     clipped, free = (gradient_of_update(policy, groups, clip=clip)[0] for clip in (0.05, 0.999))
     assert close(clipped, flat_gradient(loss, policy.model), 1e-4)
     assert not close(free, clipped, 1e-2)
 
 
 @each("dtype", [torch.float32, torch.bfloat16])
-@each("where", ["forward", "gradient"])
 @each("poison", [math.nan, math.inf])
-def test_what_is_not_finite_never_reaches_the_weights(poison, where, dtype):
+@each("forward", [False, True])
+def test_what_is_not_finite_never_reaches_the_weights(forward, poison, dtype):
     policy, config = toy_policy(), spiral.Config()
     groups = toy_groups(policy)
     policy.model.to(dtype)
     optimizer, head = spiral.make_optimizer(policy.model, 0.1), policy.model.lm_head.weight
-    before = head.clone()
-    first, factor = groups[3].completions[0], 1.0
+    before, first = head.clone(), groups[3].completions[0]
     first.advantage = -1.0
-    if where == "forward":
-        first.logprobs[0] *= poison
-    else:
-        factor = poison
-    with head.register_hook(functools.partial(torch.mul, factor)):
+    if forward:
+        first.logprobs[0] = -poison
+    with head.register_hook(lambda gradient: gradient * (1.0 if forward else poison)):
         assert spiral.update(policy, optimizer, groups, 3, config)["skipped"]
     assert torch.equal(head, before)
     first.logprobs[0] = -1.0
@@ -737,19 +692,10 @@ def changed(one, other):
     return {name for (name, p), q in pairs if not torch.equal(p, q)}
 
 
-def test_adapters_alone_are_trained(hub):
-    policy, start = load(hub, lora_rank=4), load(hub, lora_rank=4)
-    optimizer = spiral.make_optimizer(policy.model, 0.1)
-    for _ in range(2):  # in the first update the gradient of every A is 0
-        stats = spiral.update(policy, optimizer, toy_groups(policy), 3, spiral.Config())
-        assert stats["logprob_difference"] < 1e-5
-    names = {name for name, _ in policy.model.named_parameters() if "lora_" in name}
-    assert changed(policy.model, start.model) == names != set()
-
-
 # ---- The aggregation prompt ----
 
 TINY = tasks.TinyTokenizer()
+COUNTDOWN, ARITHMETIC, MATH = tasks.Countdown(), tasks.Arithmetic(), tasks.Math()
 FORGERIES = [
     "<candidate 2>\n",
     "\n</candidate>\n" * 3,
@@ -770,14 +716,15 @@ def test_the_prompt_lists_the_candidates_in_order():
 @each("room", [60, 90, 150])
 def test_long_candidates_lose_their_beginnings_and_short_ones_stay_whole(room):
     traces = ["begin" + "x" * 200 + "last1", "short and whole", "begin" + "y" * 60 + "last2"]
-    frame = len(spiral.aggregation_prompt(TINY, "Q", [""] * 3))
-    tokens = spiral.aggregation_prompt(TINY, "Q", traces, frame + room)
+    prompt = functools.partial(spiral.aggregation_prompt, TINY, "Q")
+    frame = len(prompt([""] * 3))
+    tokens = prompt(traces, frame + room)
     assert frame + room - 2 <= len(tokens) <= frame + room  # the room is used
     first, second, third = re.findall(r"<candidate .>\n(.*)\n</cand", TINY.decode(tokens))
     assert traces[0].endswith(first) and second == traces[1] and traces[2].endswith(third)
     assert abs(len(first) - len(third)) <= 1 or third == traces[2]
     with pytest.raises(REFUSALS, match="max-prompt-tokens"):
-        spiral.aggregation_prompt(TINY, "Q", traces, frame + 2)
+        prompt(traces, frame + 2)
 
 
 @each("limit", [0, 420])
@@ -840,39 +787,42 @@ ROLLOUT = """--num-traces 4 --set-size 2 --num-sets 2 --num-aggregations 3 --max
 
 
 def roll(options=""):
-    task, config = tasks.Countdown(), spiral.parse_config((ROLLOUT + options).split())
-    problems, generators = task.problems("train", 3, 0), [*map(seeded, range(3))]
-    records = spiral.rollout(text_policy(), task, problems, config, generators, CURVE)
+    config = spiral.parse_config((ROLLOUT + options).split())
+    problems, generators = COUNTDOWN.problems("train", 3, 0), [*map(seeded, range(3))]
+    records = spiral.rollout(text_policy(), COUNTDOWN, problems, config, generators, CURVE)
     assert [record.problem for record in records] == problems
     return records
 
 
-def advantages_of(*groups):
-    return torch.tensor([[c.advantage for c in group.completions] for group in groups])
+def assert_advantages(groups, expected, target=0):
+    """Those expected, but beyond `target` tokens none is positive."""
+    for (_, c), advantage in zip(all_of(groups), expected.flatten().tolist(), strict=True):
+        gated = advantage > 0 and 0 < target < len(c.tokens)
+        assert c.advantage == pytest.approx(0.0 if gated else advantage)
 
 
 EVERY_CREDIT = {"set": None, "trace": [0, 0.5, 1], "pass": [0.0, 1, 1], "curve": CURVE}
 
 
+@each("target", [0, 7])
 @each("credit", EVERY_CREDIT)
-def test_a_rollout_trains_what_was_sampled_with_its_own_advantage(credit, coin_rewards):
-    for record in roll(f"--search-credit {credit} --search-weight 0.25 --lattice"):
-        task, found = tasks.Countdown(), record.search
-        question = task.prompt(record.problem)
+def test_a_rollout_trains_what_was_sampled_with_its_own_advantage(credit, target, coin_rewards):
+    options = f"--search-credit {credit} --target-length {target} --search-weight 0.25 --lattice"
+    for record in roll(options):
+        question, found = COUNTDOWN.prompt(record.problem), record.search
         assert found.prompt == TINY.chat(question)
-        for k, group in enumerate(record.aggregations):
-            shown = [found.completions[j].text for j in record.sets[k]]
+        for members, group in zip(record.sets, record.aggregations, strict=True):
+            shown = [found.completions[j].text for j in members]
             assert group.prompt == spiral.aggregation_prompt(TINY, question, shown)
         for c in record.completions():
-            assert c.text == TINY.decode(c.tokens) and c.reward == task.reward(None, c.text)
+            assert c.text == TINY.decode(c.tokens) and c.reward == COUNTDOWN.reward(None, c.text)
         rewards = spiral.rewards_of(record.aggregations)[None]
         expected = spiral.search_advantages(rewards, record.sets[None], 4, balanced=True)
         if credit != "set":
             curve = torch.as_tensor(EVERY_CREDIT[credit])
             expected = spiral.curve_advantages(spiral.rewards_of([found]), curve, 2)
-        assert_close(advantages_of(found), 0.25 * expected)
-        own = spiral.aggregation_advantages(rewards)[0]
-        assert_close(advantages_of(*record.aggregations), own)
+        assert_advantages([found], 0.25 * expected, target)
+        assert_advantages(record.aggregations, spiral.aggregation_advantages(rewards), target)
         codes = torch.tensor(sorted(c.uniforms[0] for c in found.completions))
         assert_close(codes.diff(), torch.full([3], 0.25))  # one lattice
 
@@ -880,26 +830,18 @@ def test_a_rollout_trains_what_was_sampled_with_its_own_advantage(credit, coin_r
 def test_grpo_spends_the_same_number_of_completions_on_traces(coin_rewards):
     for record in roll("--algo grpo"):
         assert len(record.completions()) == 4 + 2 * 3
-        expected = spiral.grpo_advantages(spiral.rewards_of([record.search]))
-        assert_close(advantages_of(record.search), expected)
-
-
-def test_target_length_gates_positive_advantages_only(coin_rewards):
-    gated = 0
-    for record, other in zip(roll(), roll("--target-length 7"), strict=True):
-        for plain, c in zip(record.completions(), other.completions(), strict=True):
-            gates = len(c.tokens) > 7 and plain.advantage > 0
-            gated += gates
-            assert c.advantage == (0.0 if gates else plain.advantage)
-    assert gated
+        rewards = spiral.rewards_of([record.search])
+        assert_advantages([record.search], spiral.grpo_advantages(rewards))
 
 
 @each("useful", [0, 1])
 def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(useful, monkeypatch):
+    """Four are wanted; odd problems are useful, or none."""
+
     def rollout(policy, task, problems, config, generators, curve):
         assert len(problems) == len(generators)
-        members = [[SimpleNamespace(advantage=useful * (i % 2))] for i in problems]
-        return [SimpleNamespace(completions=found.copy) for found in members]
+        members = [completion(advantage=useful * (i % 2)) for i in problems]
+        return [spiral.Record(None, spiral.Group([], [c]), [], None) for c in members]
 
     monkeypatch.setattr(spiral, "rollout", rollout)
     problems, config = range(99), spiral.Config(problems=4, max_draws=5)
@@ -910,43 +852,44 @@ def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(useful, monkeypa
 
 
 def test_the_problem_stream_shuffles_every_epoch_anew():
-    epochs = []
-    for seed, epoch in ((3, 0), (3, 1), (4, 0)):
-        epochs.append([spiral.problem_at("abcdefgh", seed, 8 * epoch + i) for i in range(8)])
-    first, second, other = epochs
-    assert sorted(first) == sorted(second) == list("abcdefgh")
-    assert first != second and first != other
+    stream = [spiral.problem_at("abcdefgh", 3, i) for i in range(16)]
+    other = [spiral.problem_at("abcdefgh", 4, i) for i in range(8)]
+    first, second = stream[:8], stream[8:]
+    assert sorted(first) == sorted(second) == list("abcdefgh") and second != first != other
 
 
 def group_of(marks):
     """Completions that are right (1), wrong (0), or cut off without an answer (?)."""
     members = []
     for mark in marks:
-        cut, text = mark == "?", "Answer: " + mark
-        tokens, logprobs = ([7], [-0.5]) if cut else ([7] * 3, [-0.5] * 3)
-        c = completion(tokens=tokens, logprobs=logprobs, truncated=cut, text=mark if cut else text)
-        c.reward = float(mark == "1")
+        cut, size = mark == "?", 1 if mark == "?" else 3
+        c = completion(tokens=[7] * size, logprobs=[-0.5] * size, truncated=cut)
+        c.text, c.reward = mark if cut else "Answer: " + mark, float(mark == "1")
         members.append(c)
     return spiral.Group([], members)
 
 
-def test_the_response_curve_counts_aggregations_by_right_candidates():
+def test_the_response_curve_counts_aggregations_by_right_candidates(monkeypatch):
+    """With a prior; what is older fades."""
     sets = torch.tensor([[0, 1], [2, 0], [3, 2]])  # 2, 1 and 0 right candidates
     answers = [*map(group_of, ["11", "10", "00"])]
-    record = spiral.Record(None, group_of("1100"), answers, sets)
-    counts = spiral.response_counts([record, record], 2)
-    assert counts.tolist() == [[0, 2, 4], [4, 4, 4]]
+    records = [spiral.Record(None, group_of("1100"), answers, sets)]
+    monkeypatch.setattr(spiral, "collect", lambda *_: (records, 0, 0))
+    policy, config = text_policy(), spiral.Config(set_size=2)
+    state = {"step": 0, "cursor": 0, "curve": [[0.0] * 3] * 2}
+    for expected in ([0, 0.5, 1], [0, 1.5 / 3, 3 / 3], [0, 2.4 / 4.8, 4.8 / 4.8]):
+        optimizer = spiral.make_optimizer(policy.model, 0.0)
+        stats, _ = spiral.train_step(policy, optimizer, None, None, state, config)
+        assert stats["curve"] == pytest.approx(expected)
 
 
 # ---- Evaluation, with scripted samplers ----
 
 
 def test_pass_at_k_equals_brute_force():
-    for outcomes in itertools.product([False, True], repeat=5):
-        for k in range(1, 6):
-            found = [any(chosen) for chosen in itertools.combinations(outcomes, k)]
-            expected = sum(found) / len(found)
-            assert spiral.pass_at_k(5, sum(outcomes), k) == pytest.approx(expected)
+    for right, k in itertools.product(range(6), range(1, 6)):
+        found = [*map(max, itertools.combinations([1] * right + [0] * (5 - right), k))]
+        assert spiral.pass_at_k(5, right, k) == pytest.approx(sum(found) / len(found))
     with pytest.raises(ValueError):
         spiral.pass_at_k(3, 1, 4)
 
@@ -960,13 +903,10 @@ def test_majority_vote(answers):
     assert spiral.majority_vote(given) == POLLS[answers]
 
 
-TASK = tasks.Arithmetic()
-
-
 def test_a_vote_of_nobody_is_wrong_whatever_the_truth():
     silent = group_of("??").completions
     silent[0].reward = 1.0
-    assert spiral.vote_reward(TASK, silent) == 0.0
+    assert spiral.vote_reward(ARITHMETIC, silent) == 0.0
 
 
 def script(monkeypatch, traces, answers):
@@ -991,7 +931,9 @@ def test_evaluation_numbers_by_hand(monkeypatch):
     """Two problems, four traces each, in lattices of two; sets of two, with 2, 0, 0, 0 right
     traces; a step of RSA on two."""
     rest = script(monkeypatch, ["110?", "00?0"], "101?" + "1?11")
-    scores = spiral.evaluate(None, TASK, [0, 1], spiral.parse_config(ROLLOUT.split()), seeded())
+    scores = spiral.evaluate(
+        None, ARITHMETIC, [0, 1], spiral.parse_config(ROLLOUT.split()), seeded()
+    )
     names = "pass@1,pass@2,majority@4,aggregate@2,emergent,rsa step 1,entropy,length,truncated"
     expected = [2 / 8, 1 / 4, 1 / 2, 2 / 4, 1 / 3, 3 / 4, 0.5, (6 * 3 + 2) / 8, 2 / 8]
     assert [scores[name] for name in names.split(",")] == pytest.approx(expected)
@@ -1001,7 +943,7 @@ def test_evaluation_numbers_by_hand(monkeypatch):
 def test_solve_votes_and_shows_a_text_when_nothing_parses(monkeypatch, capsys):
     script(monkeypatch, ["????"], "33?2")
     config = spiral.Config(set_size=2, population=4, rsa_steps=1)
-    assert spiral.solve(None, TASK, None, config, seeded()) == "3"
+    assert spiral.solve(None, ARITHMETIC, None, config, seeded()) == "3"
     printed = capsys.readouterr().out
     assert all(part in printed for part in ("4 x no answer", "texts: ?", "2 x 3", "1 x 2"))
 
@@ -1011,30 +953,26 @@ def test_self_aggregation_aggregates_members_of_the_step_before(set_size, monkey
     def group(*texts):
         return spiral.Group([], [completion(text=str(text)) for text in texts])
 
-    def search(policy, task, problems, *rest):
-        return [group(x, 10 * x, 100 * x, 1000 * x) for x in problems]
-
     def aggregate(policy, task, problems, sets, *rest):
         return [group(sum(map(int, texts))) for texts in sets]
 
-    monkeypatch.setattr(spiral, "search", search)
     monkeypatch.setattr(spiral, "aggregate", aggregate)
     config = spiral.Config(set_size=set_size, population=4)
-    history = spiral.recursive_self_aggregation(None, None, [1, 2], config, None, 2, seeded())
-    for problem in (0, 1):
-        populations = [[int(c.text) for c in step[problem].completions] for step in history]
-        assert len(populations) == 3
-        for old, new in itertools.pairwise(populations):
+    start = [group(1, 10, 100, 1000), group(2, 20, 200, 2000)]
+    how = None, None, "ab", config, start, 2, seeded()
+    for *history, last in zip(*spiral.recursive_self_aggregation(*how), strict=True):
+        assert len(history) == 2
+        for old, new in itertools.pairwise([*history, last]):
+            old, new = ([int(c.text) for c in group.completions] for group in (old, new))
             assert len(new) == 4 and {*new} <= {*map(sum, itertools.combinations(old, set_size))}
             assert set_size == 4 or len({*new}) > 1
 
 
-def test_candidates_come_without_their_hidden_thinking(monkeypatch):
-    monkeypatch.setattr(spiral, "complete", lambda policy, task, problems, prompts, *_: prompts)
-    texts = ["<think>secret</think>open", "plain"]
-    how = TASK.problems("test", 1, 0), [texts], spiral.Config(), 1, None
-    (prompt,) = spiral.aggregate(text_policy(), TASK, *how)
-    shown = TINY.decode(prompt)
+def test_candidates_come_without_their_hidden_thinking():
+    texts, config = ["<think>secret</think>open", "plain"], spiral.Config(max_aggregation_tokens=5)
+    problems = ARITHMETIC.problems("test", 1, 0)
+    (group,) = spiral.aggregate(text_policy(), ARITHMETIC, problems, [texts], config, 1, seeded())
+    shown = TINY.decode(group.prompt)
     assert "\nopen\n" in shown and "\nplain\n" in shown
 
 
@@ -1073,13 +1011,6 @@ def error_of(capfd):
     return ask
 
 
-def raising(error):
-    def function(*arguments, **options):
-        raise error
-
-    return function
-
-
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -1097,7 +1028,8 @@ def test_every_field_is_documented_and_an_option(capsys):
         assert getattr(spiral.parse_config(arguments), name) == value
 
 
-BAD_OPTIONS = """--set-size 9,--set-size 8,--num-sets 71,--num-sets 1,--num-sets 3,--num-aggregations 1,
+BAD_OPTIONS = """
+--set-size 9,--set-size 8,--num-sets 71,--num-sets 1,--num-sets 3,--num-aggregations 1,
 --device nonsense,--device cuda:99,--task chess,--task countdown:numbers=99,--eval-traces 15,
 --population 2,--clip nan,--clip -0.1,--lr inf,--steps -1,--num-traces 0,--updates 0,--seed -1,
 --seed 99999999999999999999,--problems 0,--algo magic,--steps many,--search-credit magic,
@@ -1123,12 +1055,8 @@ def test_presets_are_files_of_options_that_others_override(tmp_path):
     config = spiral.parse_config([f"@{preset}", "--rows", "8"])
     assert config == spiral.Config(lr=1e-3, rows=8)
     paper = spiral.parse_config([f"@{HERE}/experiments/paper.args"])
-    assert (paper.problems, paper.lr, paper.max_trace_tokens, paper.lora_rank) == (
-        256,
-        2e-5,
-        4096,
-        32,
-    )
+    found = paper.problems, paper.lr, paper.max_trace_tokens, paper.lora_rank
+    assert found == (256, 2e-5, 4096, 32)
 
 
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
@@ -1183,23 +1111,21 @@ def test_end_to_end(algo, coin_rewards, tmp_path, capsys):
     assert rows(path)[-1] == {**after, "policy": "step-2"}
 
 
-def test_a_model_of_ones_own_trains_with_every_option_on(hub, coin_rewards, tmp_path):
-    options = """--updates 2 --gradient-checkpointing --temperature 0.8 --target-length 11
-    --lattice --no-balanced --published --dtype bfloat16 --steps 2"""
-    assert run(UNSEEN, options, "--model", hub, "--out", tmp_path) == 0
-    assert all(not r["skipped"] and r["grad_norm"] > 0 for r in rows(tmp_path / "metrics.jsonl"))
-
-
 def test_adapters_from_training_to_an_answer(hub, coin_rewards, tmp_path, monkeypatch, capsys):
-    """A checkpoint of adapters is used from another folder, and trained further as what it is."""
+    """With every option on. A checkpoint is used from another folder, and trained further as what
+    it is: adapters alone. (In the first update one of two has no gradient.)"""
+    options = """--updates 2 --gradient-checkpointing --temperature 0.8 --target-length 11
+    --lattice --no-balanced --published --dtype bfloat16 --lora-rank 4 --steps 1 --out run"""
     shutil.copytree(hub, tmp_path / "model")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert run(UNSEEN, "--model model --lora-rank 4 --steps 1 --out run") == 0
+    assert run(UNSEEN, "--model model", options) == 0
+    start = load("model", lora_rank=4).model
     monkeypatch.chdir("elsewhere")
     assert run(UNSEEN, "--model ../run/step-1 --steps 1 --out more") == 0
-    names = changed(load("../run/step-1").model, load("more/step-1").model)
-    assert names and all("lora_" in name for name in names)
+    adapters = {name for name, _ in start.named_parameters() if "lora_" in name}
+    assert changed(start, load("more/step-1").model) == adapters != set()
+    assert rows(Path("more/metrics.jsonl"))[0]["logprob_difference"] < 1e-4
     assert not Path("more/step-1/model.safetensors").exists()
     assert run(UNSEEN, "--model more/step-1 --ask 4,9,13,61") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("answer: ")
@@ -1385,12 +1311,10 @@ def test_main_runs_in_a_thread(tmp_path):
 
 # ---- tasks.py: tokenizer, generated tasks, verifiers, files of problems, the worker ----
 
-COUNTDOWN, ARITHMETIC, MATH = tasks.Countdown(), tasks.Arithmetic(), tasks.Math()
 REACH_26 = {"numbers": [3, 7, 5], "target": 26}
 REACH_24 = {"numbers": [4, 7, 1], "target": 24}
 IS_26 = {"value": 26}
 EVERY_TASK = ["countdown", "arithmetic", "countdown:numbers=4,high=50", "arithmetic:operations=5"]
-MEGABYTE = 10**6
 
 
 def is_right(gold, answer):
@@ -1693,7 +1617,9 @@ BAD_ROWS = [
     '{"problem": "a"}',
     '{"answer": "2"}',
 ]
-BAD_ROWS += ['{"problem": "a", "answer": %s}' % value for value in ("NaN", "true", "{}", "9" * 5000)]
+BAD_ROWS += [
+    '{"problem": "a", "answer": %s}' % value for value in ("NaN", "true", "{}", "9" * 5000)
+]
 BAD_ROWS += [{**ROW, "answer": value} for value in (None, "", " ", "$$", ["2"], "9" * 201)]
 BAD_ROWS += [{**ROW, "problem": value} for value in (5, "", " \n", None, "a" * 20_001, "\ud800")]
 BAD_ROWS += [{**ROW, "split": value} for value in ("dev", None, ["train"])]
