@@ -1,6 +1,5 @@
 """The invariants of spiral.py and tasks.py, in their order. No network, no GPU:  pytest -q"""
 
-import ast
 import contextlib
 import functools
 import io
@@ -28,9 +27,9 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import logsigmoid, one_hot
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import spiral
@@ -352,27 +351,6 @@ def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
     assert sample(policy) == sample(toy_policy())
 
 
-READS_VALUES = "_local_scalar_dense nonzero masked_select _unique2 lift_fresh".split()
-
-
-class NothingFromTheHost(TorchDispatchMode):
-    """Fails on what a CUDA graph can't hold: values that Python reads, or makes tensors of, and
-    shapes that depend on values."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
-        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
-        assert not masks and name not in READS_VALUES, name
-        return function(*args, **(kwargs or {}))
-
-
-@each("forbidden", [torch.Tensor.item, torch.nonzero, torch.unique])
-def test_the_guard_against_the_host_fails_where_it_should(forbidden):
-    with NothingFromTheHost(), pytest.raises(AssertionError):
-        forbidden(torch.ones(1))
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """Stands in for CUDA graphs: what is captured is one call of decode_step, and a replay makes
@@ -384,14 +362,14 @@ def graphs(monkeypatch):
 
         def replay(self):
             self.replays += 1
-            with NothingFromTheHost():
-                self.outputs.copy_(step(*self.call))
+            self.outputs.copy_(step(*self.call))
 
     @contextlib.contextmanager
     def capture(graph):
         def record(*call):
-            graph.call = call
-            graph.outputs = step(*call) * math.nan  # capturing runs nothing
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                step(*call)  # fails if it reads a value, or if a shape depends on one
+            graph.call, graph.outputs = call, call[1][:3] * math.nan  # capturing runs nothing
             return graph.outputs
 
         captured.append(graph)
@@ -557,15 +535,16 @@ def test_without_advantages_there_is_no_step():
 
 
 def test_chunked_logprobs_equal_one_chunk():
-    model, weights = kept_policy().model, torch.arange(10)
-    hidden = torch.randn(10, 32, generator=seeded()).requires_grad_()
-    targets, inputs = weights * 6, (hidden, model.lm_head.weight)
-    full = (model.lm_head(hidden) / 0.7).log_softmax(-1)[range(10), targets]
-    expected = torch.autograd.grad(full @ weights.float(), inputs)
+    model, targets = kept_policy().model, torch.arange(10)
+    weights, inputs = targets.float(), torch.randn(10, 32, generator=seeded()).requires_grad_()
+
+    def with_gradient(logprobs):
+        return logprobs, *torch.autograd.grad(logprobs @ weights, [inputs, model.lm_head.weight])
+
+    expected = with_gradient((model.lm_head(inputs) / 0.7).log_softmax(-1).diagonal())
     for elements in (1 << 24, 3 * 64, 1):
-        logprobs = spiral.token_logprobs(model, hidden, targets, 0.7, elements)
-        gradient = torch.autograd.grad(logprobs @ weights.float(), inputs)
-        assert_close((logprobs, *gradient), (full, *expected), rtol=1e-5, atol=1e-5)
+        logprobs = spiral.token_logprobs(model, inputs, targets, 0.7, elements)
+        assert_close(with_gradient(logprobs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_clipping_by_hand():
@@ -640,16 +619,15 @@ END = 257
 HUB = {**HALF, "vocab_size": 260, "eos_token_id": END, "max_position_embeddings": 4096}
 
 
-def make_tokenizer(folder, template=TEMPLATE, ends=False):
-    """Bytes, two special tokens, and two that are merely added. ends: EOS ends every text."""
+def make_tokenizer(folder, template=TEMPLATE):
+    """Bytes, two special tokens, and two that are merely added. EOS ends every text."""
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(bytes_.alphabet()))}, []))
     backend.pre_tokenizer, backend.decoder = bytes_, decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     backend.add_tokens(["\\frac", "\\boxed"])
-    if ends:
-        end = "<|im_end|>"
-        backend.post_processor = processors.TemplateProcessing(f"$A {end}", None, [(end, END)])
+    ends = processors.TemplateProcessing("$A <|im_end|>", None, [("<|im_end|>", END)])
+    backend.post_processor = ends
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", chat_template=template
     )
@@ -753,7 +731,7 @@ def test_hub_tokenizers_chat_by_template_and_keep_what_is_not_special(hub, tmp_p
     assert tokenizer.decode([*tokenizer.encode(text), END]) == text
     shown = tokenizer.decode(spiral.aggregation_prompt(tokenizer, "Q", [text]))
     assert f"\n{text}\n" in shown
-    bare = make_tokenizer(tmp_path, template=None, ends=True)
+    bare = make_tokenizer(tmp_path, template=None)
     assert bare.eos_ids == {11, END} and bare.chat("abc") == bare.encode("abc")
 
 
@@ -1020,12 +998,7 @@ def test_every_field_is_documented_and_an_option(capsys):
         run("--help")
     shown = capsys.readouterr().out
     for name, field in spiral.Config.__dataclass_fields__.items():
-        flag, value = "--" + name.replace("_", "-"), field.default
-        assert flag in shown and len(field.metadata["help"]) > 5
-        arguments = [flag, str(value)]
-        if type(value) is bool:
-            arguments, value = ["--no-" + flag[2:] if value else flag], not value
-        assert getattr(spiral.parse_config(arguments), name) == value
+        assert "--" + name.replace("_", "-") in shown and len(field.metadata["help"]) > 5
 
 
 BAD_OPTIONS = """
@@ -1066,13 +1039,6 @@ def test_importing_prints_nothing_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_code_of_a_model_or_a_checkpoint_is_run():
-    source = (HERE / "spiral.py").read_text()
-    unsafe = r"torch\.load\((?!.*weights_only=True)|pickle|\bexec\("
-    assert not re.search(unsafe, source)
-    assert re.findall(r'trust_remote_code"?[:=] ?(\w+)', source) == ["False"] * 3
-
-
 BROKEN = {"model.safetensors": "torn", "tokenizer.json": ""}
 BROKEN["adapter_config.json"] = '{"base_model_name_or_path": null}'
 
@@ -1095,13 +1061,11 @@ def test_end_to_end(algo, coin_rewards, tmp_path, capsys):
     command = SMALL, "--algo", algo, "--out", tmp_path, "--steps"
     assert run(*command, 2) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("step   2/2", "advantage", "aggregate@2"))
+    assert all(word in printed for word in ("step   2/2", "note: ", "advantage", "aggregate@2"))
     metrics, path = rows(tmp_path / "metrics.jsonl"), tmp_path / "evaluation.jsonl"
     assert [row["step"] for row in metrics] == [1, 2]
     for row in metrics:
         assert row["grad_norm"] > 0 and row["logprob_difference"] < 1e-4 and not row["skipped"]
-    first, second = (row["curve"] for row in metrics)
-    assert first == [0.0, 0.5, 1.0] and (first != second) == (algo == "spiral")
     after, before = rows(path)
     assert (after["policy"], before["policy"]) == ("step 2", "start")
     assert after["entropy"] != before["entropy"]
@@ -1193,15 +1157,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(number, code, whole, tmp_p
 
 def test_another_run_or_another_process_in_the_folder_is_refused(tmp_path, error_of):
     data, out = tmp_path / "problems.jsonl", tmp_path / "run"
-    lines = [json.dumps({"problem": f"{i}+{i}?", "answer": 2 * i}) for i in range(60)]
-    data.write_text("\n".join(lines))
+    jsonl(data, *({"problem": f"{i}+{i}?", "answer": 2 * i} for i in range(60)))
     command = UNSEEN, "--task math --data", data, "--out", out, "--steps"
     assert run(*command, 1) == 0
     before = (out / "metrics.jsonl").read_bytes()
     assert "seed" in error_of(*command, 2, "--seed 1")
     with spiral.lock(out):
         assert "another process" in error_of(*command, 2)
-    data.write_text(lines[0].replace("}", ', "split": "train"}'))
+    jsonl(data, {**ROW, "split": "train"})
     assert "data" in error_of(*command, 2)
     assert "test" in error_of(*command, 0, "--eval-problems 5")  # no such problem
     assert (out / "metrics.jsonl").read_bytes() == before
@@ -1216,10 +1179,8 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     done = subprocess.run(launch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step   2/2") == 1 and len(rows(two / "evaluation.jsonl")) == 2
-    for a, b in zip(*(rows(out / "metrics.jsonl") for out in (one, two)), strict=True):
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4) and a["grad_norm"]
-    pair = (load(out / "step-2").model.parameters() for out in (one, two))
-    assert all(torch.allclose(*weights, atol=1e-4) for weights in zip(*pair, strict=True))
+    norms = [[row["grad_norm"] for row in rows(out / "metrics.jsonl")] for out in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[0]) > 0
     assert spiral.statistics([])  # of a process that has no problem
 
 
@@ -1244,22 +1205,14 @@ def test_notes_name_what_is_wrong_and_nothing_else(words):
     assert len(lines) == bool(words) and re.search(words, "".join(lines))
 
 
-def test_a_loss_that_is_not_a_number_is_told(coin_rewards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(spiral, "policy_loss", lambda logprobs, *_: logprobs.sum() * math.nan)
-    assert run(UNSEEN, "--steps 1 --out", tmp_path) == 0
-    assert "note: loss or gradient is not finite" in capsys.readouterr().out
-    assert not changed(load("tiny").model, load(tmp_path / "step-1").model)
-
-
-ENDS = [("solve", KeyboardInterrupt, 130, "interrupted")]
-ENDS += [("load_policy", *ENDS[0][1:]), ("solve", torch.OutOfMemoryError, 2, "lower --micro-batch")]
-
-
-@each("where, error, code, words", ENDS)
-def test_ctrl_c_and_too_little_memory_end_in_one_line(
-    where, error, code, words, monkeypatch, error_of
-):
+@each("where", ["load_policy", "solve"])
+@each(
+    "error, words",
+    [(KeyboardInterrupt, "interrupted"), (torch.OutOfMemoryError, "lower --micro-batch")],
+)
+def test_ctrl_c_and_too_little_memory_end_in_one_line(where, error, words, monkeypatch, error_of):
     monkeypatch.setattr(spiral, where, raising(error("large")))
+    code = 130 if error is KeyboardInterrupt else 2
     assert words in error_of("--ask 1,2,3", code=code)
 
 
@@ -1267,9 +1220,9 @@ def test_ctrl_c_in_the_evaluation_keeps_the_table_so_far(monkeypatch, tmp_path, 
     sizes = []
 
     def evaluate(policy, task, problems, *rest):
-        sizes.append(len(problems))
-        if len(sizes) > 1:
+        if sizes:
             raise KeyboardInterrupt
+        sizes.append(len(problems))
         return {"pass@1": 0.5}
 
     monkeypatch.setattr(spiral, "evaluate", evaluate)
@@ -1298,15 +1251,10 @@ def test_without_a_terminal_there_is_one_line_at_most(closed, monkeypatch, capsy
 
 
 def test_main_runs_in_a_thread(tmp_path):
-    codes, command = [], words_of(SMALL, "--steps 1 --out", tmp_path)
-
-    def work():
-        codes.append(spiral.main(command))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert codes == [0] and len(rows(tmp_path / "evaluation.jsonl")) == 2
+    command = words_of(SMALL, "--steps 1 --out", tmp_path)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(spiral.main, command).result() == 0
+    assert len(rows(tmp_path / "evaluation.jsonl")) == 2
 
 
 # ---- tasks.py: tokenizer, generated tasks, verifiers, files of problems, the worker ----
@@ -1322,16 +1270,16 @@ def is_right(gold, answer):
 
 
 def test_tiny_tokenizer_round_trips_any_text_and_keeps_integers_whole():
-    tokenizer, rng = tasks.TinyTokenizer(), random.Random(0)
-    assert all(len(tokenizer.encode(word)) == 1 for word in (*map(str, range(1000)), *tasks.WORDS))
-    assert tokenizer.encode("12 345: yes\n1234") == [268, 32, 601, 262, 379, 52]
-    assert (tokenizer.size, tokenizer.eos_id) == (1275, 1274)
-    pieces = [*tasks.WORDS, *tokenizer.markers, *("<end>", "007", "1234567", "é", "🙂", "\0")]
+    rng = random.Random(0)
+    assert all(len(TINY.encode(word)) == 1 for word in (*map(str, range(1000)), *tasks.WORDS))
+    assert TINY.encode("12 345: yes\n1234") == [268, 32, 601, 262, 379, 52]
+    assert (TINY.size, TINY.eos_id) == (1275, 1274)
+    pieces = [*tasks.WORDS, *TINY.markers, *("<end>", "007", "1234567", "é", "🙂", "\0")]
     for _ in range(300):
         text = "".join(rng.choices(pieces, k=20))
-        tokens = tokenizer.encode(text)
-        assert tokenizer.decode(tokens) == text and max(tokens) < tokenizer.eos_id - 18
-    assert len(tokenizer.chat("<candidate 1>\n" + tasks.AGGREGATE)) == 2
+        tokens = TINY.encode(text)
+        assert TINY.decode(tokens) == text and max(tokens) < TINY.eos_id - 18
+    assert len(TINY.chat("<candidate 1>\n" + tasks.AGGREGATE)) == 2
 
 
 # ---- Generated tasks ----
@@ -1353,17 +1301,26 @@ def test_problems_are_solvable_distinct_reproducible_and_splits_disjoint(name):
     assert max(seen.values()) <= 2  # of two seeds of one split
 
 
-def test_a_task_gives_all_it_has_when_it_has_fewer_and_raises_when_it_has_none():
+def test_a_task_gives_all_it_has_when_it_has_fewer():
     small = tasks.make_task("countdown: numbers = 2, high=5")
     assert 10 < len(small.problems("train", 8000, 0)) < 100
-    with pytest.raises(ValueError, match="no problem in the split 'test'"):
-        tasks.Countdown(2, 2, 10).problems("test", 20, 0)
 
 
-@each("name", ["chess", "countdown:colour=3", "countdown:numbers=99"])
-def test_unknown_tasks_and_options_are_refused_in_a_line(name):
-    with pytest.raises(ValueError, match=name.split(":")[0]):
-        tasks.make_task(name)
+REFUSED_TASKS = [
+    ("chess", "", "chess"),
+    ("countdown:colour=3", "", "countdown"),
+    ("countdown:numbers=99", "", "countdown"),
+    ("countdown:numbers=2,high=2,max_target=10", "", "no problem in the split 'test'"),
+    ("countdown", "some.jsonl", "--data"),
+    ("math", "", "--data"),
+    ("math", "none.jsonl", "none.jsonl"),
+]
+
+
+@each("name, data, words", REFUSED_TASKS)
+def test_unknown_tasks_and_options_are_refused_in_a_line(name, data, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        tasks.make_task(name, data).problems("test", 1, 0)
 
 
 def test_questions_become_problems():
@@ -1455,8 +1412,8 @@ def test_fuzzed_completions_get_a_reward_of_zero_or_one(no_library):
 
 def test_expressions_have_the_value_that_python_gives_them():
     rng, valid = random.Random(0), 0
-    for _ in range(2000):
-        text = "".join(rng.choice("0123456789+-*/()") for _ in range(rng.choice((3, 5, 7))))
+    for _ in range(4000):
+        text = "".join(rng.choices("0123456789+-*/()", k=5))
         try:
             value, integers, spelling = tasks.evaluate(text)
         except ValueError:
@@ -1467,25 +1424,13 @@ def test_expressions_have_the_value_that_python_gives_them():
     assert valid > 30
 
 
-@each("module", ["spiral.py", "tasks.py"])
-def test_nothing_evaluates_or_unpickles(module):
-    banned = {
-        "eval",
-        "exec",
-        "compile",
-        "__import__",
-        "np.load",
-        "pickle",
-        "dill",
-        "joblib",
-        "marshal",
-    }
-    for node in ast.walk(ast.parse((HERE / module).read_text())):
-        if isinstance(node, (ast.Name, ast.Attribute, ast.alias)):
-            assert ast.unparse(node) not in banned, node.lineno
-        for keyword in getattr(node, "keywords", []):
-            safe = {"trust_remote_code": "False", "weights_only": "True"}.get(keyword.arg)
-            assert safe in (None, ast.unparse(keyword.value)), node.lineno
+UNSAFE = r"(?<![.\w])(eval|exec|compile|__import__)\(|pickle|dill|joblib|marshal|np\.load|"
+UNSAFE += r"torch\.load\((?!.*weights_only=True)|trust_remote_code\W+\b(?!False)"
+
+
+@each("module", [spiral, tasks])
+def test_nothing_evaluates_unpickles_or_runs_a_model_s_code(module):
+    assert not re.search(UNSAFE, Path(module.__file__).read_text())
 
 
 # ---- Math ----
@@ -1591,7 +1536,7 @@ def test_the_last_box_is_the_answer_else_the_answer_line_and_thoughts_are_none()
 
 def jsonl(path, *rows):
     texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(texts) + "\n")
+    path.write_text("\n".join(texts), errors="surrogateescape")
     return str(path)
 
 
@@ -1600,26 +1545,25 @@ ROW = {"problem": "What is 1+1?", "answer": "2"}
 
 def test_math_rows_are_read_and_the_first_of_equal_problems_counts(tmp_path):
     b, d = {"problem": "b", "answer": 10, "split": "test"}, '{"problem": "d", "answer": 0.50}'
-    path = jsonl(tmp_path / "p.jsonl", {**ROW, "id": 7}, "", b, {**ROW, "answer": "3"}, d)
-    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    path = jsonl(
+        tmp_path / "p.jsonl",
+        "\ufeff" + json.dumps({**ROW, "id": 7}),
+        "",
+        b,
+        {**ROW, "answer": "3"},
+        d,
+    )
     task = tasks.make_task("math", path)
     assert [row["answer"] for row in task.rows.values()] == ["2", "10", "0.50"]
     prompt = task.prompt(task.rows["b"])
     assert prompt.startswith("b\n") and r"\boxed{}" in prompt and task.answer(prompt) is None
 
 
-BAD_ROWS = [
-    "{",
-    "3",
-    '["problem", "answer"]',
-    "null",
-    "[" * 10**5,
-    '{"problem": "a"}',
-    '{"answer": "2"}',
-]
+BAD_ROWS = ["{", "3", '["problem", "answer"]', "null", "[" * 10**5, '{"problem": "\udcff"}']
 BAD_ROWS += [
     '{"problem": "a", "answer": %s}' % value for value in ("NaN", "true", "{}", "9" * 5000)
 ]
+BAD_ROWS += [{"problem": "a"}, {"answer": "2"}]
 BAD_ROWS += [{**ROW, "answer": value} for value in (None, "", " ", "$$", ["2"], "9" * 201)]
 BAD_ROWS += [{**ROW, "problem": value} for value in (5, "", " \n", None, "a" * 20_001, "\ud800")]
 BAD_ROWS += [{**ROW, "split": value} for value in ("dev", None, ["train"])]
@@ -1634,27 +1578,14 @@ def test_malformed_rows_are_named_by_file_and_line(bad, tmp_path):
     assert path in message and len(message.splitlines()) == 1 and message.count("line") == 1
 
 
-def test_math_needs_its_file_and_only_math_takes_one(tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", ROW)
-    for name, data in (("math", ""), ("countdown", path), ("arithmetic", path)):
-        with pytest.raises(ValueError, match="--data"):
-            tasks.make_task(name, data).problems("train", 1, 0)
-    with pytest.raises(ValueError, match="line 1: "):
-        (tmp_path / "p.jsonl").write_bytes(b'{"problem": "\xff", "answer": 1}\n')
-        tasks.Math(path)
-    with pytest.raises(OSError):
-        tasks.make_task("math", str(tmp_path / "none.jsonl"))
-
-
 def test_math_splits_by_checksum_or_by_the_row(tmp_path):
-    rows = [{"problem": f"{i}+1?", "answer": i + 1} for i in range(1000)]
+    rows = [{"problem": f"{i}+1?", "answer": i} for i in range(1000)]
     task, found = tasks.Math(jsonl(tmp_path / "p.jsonl", *rows)), []
     for split in ("train", "validation", "test"):
         zero, one = (task.problems(split, 8000, seed) for seed in (0, 1))
         assert zero != one and zero[:20] == task.problems(split, 20, 0)
-        assert {row["split"] for row in [*zero, *one]} == {split}
-        found += zero
-    assert sorted(row["answer"] for row in found) == sorted(str(i + 1) for i in range(1000))
+        found += [int(row["answer"]) for row in zero]
+    assert sorted(found) == [*range(1000)]
     own = tasks.Math(jsonl(tmp_path / "own.jsonl", {**ROW, "split": "test"}))
     assert len(own.problems("test", 200, 0)) == 1
     with pytest.raises(ValueError, match='own.jsonl has no problem in the split "train", of 1'):
@@ -1671,15 +1602,8 @@ def test_the_library_decides_what_is_left(stand_in):
 
 @each("answer", ["x-1", "x-2", "x-3", "x-4", "x-5"])
 def test_the_time_limit_holds_from_a_thread_and_the_next_call_works(answer, stand_in):
-    rewards = []
-
-    def ask():
-        rewards.extend([is_right("2x", answer), is_right("2x", "x+x")])
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(30)  # a machine under load takes seconds to start a process
-    assert rewards == [False, True]
+    rewards = ThreadPoolExecutor(1).map(is_right, ["2x"] * 2, [answer, "x+x"], timeout=30)
+    assert list(rewards) == [False, True]  # a machine under load takes seconds to start a process
 
 
 def test_a_worker_killed_by_others_starts_again(stand_in):
@@ -1706,14 +1630,8 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(stand_in):
         signal.signal(signal.SIGUSR1, previous)
 
 
-def test_threads_share_a_worker_and_get_their_own_replies(stand_in, monkeypatch):
-    started, start = [], tasks.Popen
-
-    def counted(*args, **options):
-        started.append(args)
-        return start(*args, **options)
-
-    monkeypatch.setattr(tasks, "Popen", counted)
+def test_threads_share_a_worker_and_get_their_own_replies(stand_in, spy):
+    started = spy(tasks, "Popen")
     answers = ["x+x" if i % 3 == 0 else f"x-{i}x" for i in range(300)]
     with ThreadPoolExecutor(8) as pool:
         rewards = list(pool.map(is_right, ["2x"] * 300, answers))
@@ -1742,21 +1660,30 @@ os.kill(os.getpid(), 9)"""
     raise AssertionError("the worker is still there")
 
 
-README_ROWS = r"""
-{"question": "How many?", "answer": "3*4=<<3*4=12>>12\n#### 1,200"}
-{"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1"}
-{"problem": "Root?", "answer": "2\\sqrt{3}", "difficulty": "3/8"}
-"""
+README_ROWS = [
+    ("gsm8k", "1200", r'{"question": "How many?", "answer": "3*4=<<3*4=12>>12\n#### 1,200"}'),
+    (
+        "math",
+        "1/2",
+        r'{"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": 1}',
+    ),
+    ("polaris", r"2\sqrt{3}", r'{"problem": "Root?", "answer": "2\\sqrt{3}", "difficulty": "3/8"}'),
+]
 
 
 def test_the_readme_converts_each_data_set(tmp_path):
     texts = (HERE / "README.md").read_text() + (HERE / "experiments/README.md").read_text()
-    commands = [line for line in texts.splitlines() if line.startswith("python -c")]
-    sets = zip(("gsm8k", "math", "polaris"), README_ROWS.strip().splitlines(), strict=True)
-    answers = ("1200", "1/2", r"2\sqrt{3}")
-    for (name, row), command, answer in zip(sets, commands, answers, strict=True):
+    commands = re.findall("(?m)^python (-c .*)", texts)
+    for (name, answer, row), command in zip(README_ROWS, commands, strict=True):
         jsonl(tmp_path / f"{name}.jsonl", row)
-        command = command.replace("python", f"PYTHONPATH={HERE} {sys.executable}", 1)
+        command = f"PYTHONPATH={HERE} {sys.executable} {command}"
         subprocess.run(command, shell=True, check=True, cwd=tmp_path)
         (problem,) = tasks.Math(tmp_path / "problems.jsonl").rows.values()
         assert is_right(problem["answer"], answer) and problem["problem"] in row
+
+
+def test_links_of_the_readme_lead_to_what_they_name():
+    text = (HERE / "README.md").read_text()
+    for name, file, line in re.findall(r"\[`?(\w+)[^]]*\]\((\w+\.py)#L(\d+)\)", text):
+        found = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.search(rf"(def|class) {name}\b", found), name
