@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -134,25 +133,29 @@ def test_the_published_convention_has_its_known_factors(sizes, ratio):
     assert_close((search / ratio, aggregation / factor), truth)
 
 
+def with_minus_without(scores, sets, num_traces):
+    """n / N1 times the mean score of the sets that hold a trace, minus that of the others."""
+    member = one_hot(sets, num_traces).sum(1).float()  # [K, N1]
+    other = 1 - member
+    means = scores @ (member / member.sum(0)) - scores @ (other / other.sum(0))
+    return sets.shape[1] / num_traces * means
+
+
 def test_curve_credit_is_the_mean_over_all_sets_with_a_trace_minus_those_without():
     rewards, curve = tuples(5, 2).float(), torch.rand(4, generator=seeded())
     sets = torch.combinations(torch.arange(5), 3)  # [10, 3]
-    member = one_hot(sets, 5).sum(1).float()  # [10, 5]
     scores = curve[rewards[:, sets].sum(-1).long()]  # [32, 10]
-    expected = 3 / 5 * (scores @ member / 6 - scores @ (1 - member) / 4)
-    assert_close(spiral.curve_advantages(rewards, curve, 3), expected)
+    credit = spiral.curve_advantages(rewards, curve, 3)
+    assert_close(credit, with_minus_without(scores, sets, 5))
     linear = spiral.curve_advantages(rewards, torch.arange(4) / 3, 3)
     assert_close(linear, spiral.grpo_advantages(rewards))
 
 
 def test_balanced_search_credit_has_the_sets_without_the_trace_as_baseline():
-    """Each trace is in two sets of four."""
     sets = spiral.draw_sets(8, 4, 4, seeded(), True)
-    rewards = torch.rand(4, 3, generator=seeded())
-    member = one_hot(sets, 8).sum(1).float()  # [4, 8]
-    expected = rewards.mean(1) @ (member - (1 - member)) / 4
-    credit = spiral.search_advantages(rewards[None], sets[None], 8, balanced=True)
-    assert_close(credit[0], expected)
+    rewards = torch.rand(1, 4, 3, generator=seeded())
+    credit = spiral.search_advantages(rewards, sets[None], 8, balanced=True)
+    assert_close(credit, with_minus_without(rewards.mean(-1), sets, 8))
 
 
 # ---- Sets ----
@@ -186,12 +189,6 @@ def test_every_choice_of_sets_is_equally_likely_and_shuffled(num_sets, balanced,
         orders[tuple(sets[0])] += 1
     for counts, cells in ((choices, families), (orders, 12)):
         assert len(counts) == cells and plausible(counts.values(), [2000 / cells] * cells)
-
-
-@each("wanted", [(4, 5, 1), (4, 2, 7), (4, 0, 1), (4, 3, 3, None, True)])
-def test_impossible_sets_are_refused(wanted):
-    with pytest.raises(REFUSALS, match="sets of"):
-        spiral.draw_sets(*wanted)
 
 
 # ---- Sampler ----
@@ -278,7 +275,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch():
     policy = kept_policy()
     first = tokens_of(sample(policy))
     assert first != tokens_of(sample(policy, seed=1))
-    assert len({tuple(row) for rows in first for row in rows}) > 15  # also where a prompt is twice
+    assert len({*map(tuple, first[0] + first[3])}) > 6  # of one prompt, which is there twice
     assert all(tokens_of(sample(policy, rows=rows)) == first for rows in (4, 7, 13))
     how = 16, 1.0, 4
     every = spiral.sample(policy, PROMPTS, *how, [*map(seeded, range(5))])
@@ -329,7 +326,7 @@ def test_long_completions_of_a_lattice_stay_random():
 
 
 def test_a_prompt_runs_once_and_finished_rows_make_room(spy):
-    """A quarter as many prompts as rows are held, and one; new rows run beside old ones."""
+    """A quarter as many prompts as rows are held, and one."""
     policy, prefills, steps = (
         toy_policy(rows=12),
         spy(spiral, "prefill"),
@@ -338,9 +335,9 @@ def test_a_prompt_runs_once_and_finished_rows_make_room(spy):
     prompts = [[i + 1, i + 2, 3 * i + 1, 7] for i in range(12)]
     assert_exact(policy, sample(policy, prompts=prompts, count=3), prompts=prompts)
     assert sorted(prompt for call in prefills for prompt in call[1]) == prompts
-    sizes = [(x.shape[1], shape[0], len(x[1].unique())) for _, x, shape, _ in steps]
-    rows, held, ages = map(max, zip(*sizes, strict=True))
-    assert (rows, held) == (12, 4) and ages > 1 and len(steps) < 12 / 4 * 16
+    rows = max(inputs.shape[1] for _, inputs, _, _ in steps)
+    held = max(shape[0] for _, _, shape, _ in steps)
+    assert (rows, held) == (12, 4) and len(steps) < 12 / 4 * 16
 
 
 def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
@@ -355,7 +352,7 @@ def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
 def graphs(monkeypatch):
     """Stands in for CUDA graphs: what is captured is one call of decode_step, and a replay makes
     this very call again, as a graph replays its kernels."""
-    captured, step = [], spiral.decode_step
+    step = spiral.decode_step
 
     class Graph:
         replays = 0
@@ -372,14 +369,12 @@ def graphs(monkeypatch):
             graph.call, graph.outputs = call, call[1][:3] * math.nan  # capturing runs nothing
             return graph.outputs
 
-        captured.append(graph)
         with monkeypatch.context() as patch:
             patch.setattr(spiral, "decode_step", record)
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    return captured
 
 
 CALLS = [
@@ -401,8 +396,7 @@ def test_replayed_steps_are_exact_after_the_weights_changed(graphs):
         assert_exact(policy, results, call.get("heat", 1.0), call.get("prompts", PROMPTS))
         for parameter in [*policy.model.parameters(), *plain.model.parameters()]:
             parameter.data.mul_(0.97)
-    assert len(graphs) == len(policy.memory.graphs)  # one for each shape
-    assert max(graph.replays for graph in graphs) > 4
+    assert max(graph.replays for graph, _ in policy.memory.graphs.values()) > 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -557,11 +551,10 @@ def test_clipping_by_hand():
     assert_close(logprobs.grad, torch.tensor([0.0, -1.0, -2.2, 4.5, 0.0]))
 
 
-def test_the_second_update_is_clipped():
+def test_an_update_of_what_an_older_policy_sampled_is_clipped():
     policy = toy_policy()
     groups, loss = toy_groups(policy), 0.0
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.3)
-    spiral.update(policy, optimizer, groups, 3, spiral.Config())
+    policy.model.lm_head.weight.data.mul_(1.1)
     for prompt, c in all_of(groups):
         logprobs = reference_logprobs(policy.model, prompt, c.tokens)
         loss += spiral.policy_loss(logprobs, torch.tensor(c.logprobs), c.advantage, 0.05) / 3
@@ -570,19 +563,20 @@ def test_the_second_update_is_clipped():
     assert not close(free, clipped, 1e-2)
 
 
+POISON = [(math.nan, 1.0), (-math.inf, 1.0), (-1.0, math.nan), (-1.0, math.inf)]
+
+
 @each("dtype", [torch.float32, torch.bfloat16])
-@each("poison", [math.nan, math.inf])
-@each("forward", [False, True])
-def test_what_is_not_finite_never_reaches_the_weights(forward, poison, dtype):
+@each("logprob, factor", POISON)
+def test_what_is_not_finite_never_reaches_the_weights(logprob, factor, dtype):
+    """A log-prob of the sampler, or the gradient."""
     policy, config = toy_policy(), spiral.Config()
     groups = toy_groups(policy)
     policy.model.to(dtype)
     optimizer, head = spiral.make_optimizer(policy.model, 0.1), policy.model.lm_head.weight
     before, first = head.clone(), groups[3].completions[0]
-    first.advantage = -1.0
-    if forward:
-        first.logprobs[0] = -poison
-    with head.register_hook(lambda gradient: gradient * (1.0 if forward else poison)):
+    first.advantage, first.logprobs[0] = -1.0, logprob
+    with head.register_hook(lambda gradient: gradient * factor):
         assert spiral.update(policy, optimizer, groups, 3, config)["skipped"]
     assert torch.equal(head, before)
     first.logprobs[0] = -1.0
@@ -814,18 +808,17 @@ def test_grpo_spends_the_same_number_of_completions_on_traces(coin_rewards):
 
 @each("useful", [0, 1])
 def test_dynamic_sampling_draws_until_it_has_enough_or_gives_up(useful, monkeypatch):
-    """Four are wanted; odd problems are useful, or none."""
+    """Four are wanted, and every second problem is useful, or none."""
+    advantages = itertools.cycle([0, useful])
 
-    def rollout(policy, task, problems, config, generators, curve):
-        assert len(problems) == len(generators)
-        members = [completion(advantage=useful * (i % 2)) for i in problems]
+    def rollout(policy, task, problems, *rest):
+        members = [completion(advantage=next(advantages)) for _ in problems]
         return [spiral.Record(None, spiral.Group([], [c]), [], None) for c in members]
 
     monkeypatch.setattr(spiral, "rollout", rollout)
-    problems, config = range(99), spiral.Config(problems=4, max_draws=5)
-    odd = [i + 1 for i in range(10, 30) if spiral.problem_at(problems, 0, i) % 2]
-    records, enough, cursor = spiral.collect(None, None, problems, 10, config)
-    assert (enough, cursor) == ((4, odd[3]) if useful else (0, 30))
+    config = spiral.Config(problems=4, max_draws=5)
+    records, enough, cursor = spiral.collect(None, None, range(99), 10, config)
+    assert (enough, cursor) == ((4, 18) if useful else (0, 30))
     assert len(records) == cursor - 10
 
 
@@ -848,17 +841,16 @@ def group_of(marks):
 
 
 def test_the_response_curve_counts_aggregations_by_right_candidates(monkeypatch):
-    """With a prior; what is older fades."""
+    """The third step's, of c / n as one aggregation and what fades of two steps."""
     sets = torch.tensor([[0, 1], [2, 0], [3, 2]])  # 2, 1 and 0 right candidates
-    answers = [*map(group_of, ["11", "10", "00"])]
+    answers = [*map(group_of, ["10", "11", "00"])]
     records = [spiral.Record(None, group_of("1100"), answers, sets)]
     monkeypatch.setattr(spiral, "collect", lambda *_: (records, 0, 0))
-    policy, config = text_policy(), spiral.Config(set_size=2)
-    state = {"step": 0, "cursor": 0, "curve": [[0.0] * 3] * 2}
-    for expected in ([0, 0.5, 1], [0, 1.5 / 3, 3 / 3], [0, 2.4 / 4.8, 4.8 / 4.8]):
-        optimizer = spiral.make_optimizer(policy.model, 0.0)
-        stats, _ = spiral.train_step(policy, optimizer, None, None, state, config)
-        assert stats["curve"] == pytest.approx(expected)
+    optimizer = spiral.make_optimizer(text_policy().model, 0.0)
+    how = None, None, {"step": 0, "cursor": 0, "curve": [[0.0] * 3] * 2}, spiral.Config(set_size=2)
+    for _ in range(3):
+        stats, _ = spiral.train_step(text_policy(), optimizer, *how)
+    assert stats["curve"] == pytest.approx([0, 4.3 / 4.8, 2.9 / 4.8])
 
 
 # ---- Evaluation, with scripted samplers ----
@@ -892,13 +884,12 @@ def script(monkeypatch, traces, answers):
     answers = iter(answers)
 
     def search(policy, task, problems, config, count, generator, lattice):
-        found = [*map(group_of, traces)]
-        assert lattice == config.population and {len(g.completions) for g in found} == {count}
-        return found
+        assert lattice == config.population and {*map(len, traces)} == {count}
+        return [*map(group_of, traces)]
 
     def aggregate(policy, task, problems, sets, config, count, generator):
         assert count == 1 and {*map(len, sets)} == {config.set_size}
-        return [group_of(next(answers)) for _ in zip(problems, sets, strict=True)]
+        return [group_of(next(answers)) for _ in sets]
 
     monkeypatch.setattr(spiral, "search", search)
     monkeypatch.setattr(spiral, "aggregate", aggregate)
@@ -928,22 +919,23 @@ def test_solve_votes_and_shows_a_text_when_nothing_parses(monkeypatch, capsys):
 
 @each("set_size", [2, 4])
 def test_self_aggregation_aggregates_members_of_the_step_before(set_size, monkeypatch):
-    def group(*texts):
-        return spiral.Group([], [completion(text=str(text)) for text in texts])
+    """Sums stand for aggregations."""
+
+    def group(numbers):
+        return spiral.Group([], [completion(text=x) for x in numbers])
 
     def aggregate(policy, task, problems, sets, *rest):
-        return [group(sum(map(int, texts))) for texts in sets]
+        return [group([sum(numbers)]) for numbers in sets]
 
     monkeypatch.setattr(spiral, "aggregate", aggregate)
     config = spiral.Config(set_size=set_size, population=4)
-    start = [group(1, 10, 100, 1000), group(2, 20, 200, 2000)]
-    how = None, None, "ab", config, start, 2, seeded()
-    for *history, last in zip(*spiral.recursive_self_aggregation(*how), strict=True):
-        assert len(history) == 2
-        for old, new in itertools.pairwise([*history, last]):
-            old, new = ([int(c.text) for c in group.completions] for group in (old, new))
-            assert len(new) == 4 and {*new} <= {*map(sum, itertools.combinations(old, set_size))}
-            assert set_size == 4 or len({*new}) > 1
+    start = [group([1, 10, 100, 1000]), group([2, 20, 200, 2000])]
+    history = spiral.recursive_self_aggregation(None, None, "ab", config, start, 2, seeded())
+    assert len(history) == 3
+    for problem, steps in itertools.product((0, 1), itertools.pairwise(history)):
+        old, new = ([c.text for c in groups[problem].completions] for groups in steps)
+        assert len(new) == 4 and {*new} <= {*map(sum, itertools.combinations(old, set_size))}
+        assert set_size == 4 or len({*new}) > 1
 
 
 def test_candidates_come_without_their_hidden_thinking():
@@ -1002,10 +994,10 @@ def test_every_field_is_documented_and_an_option(capsys):
 
 
 BAD_OPTIONS = """
---set-size 9,--set-size 8,--num-sets 71,--num-sets 1,--num-sets 3,--num-aggregations 1,
---device nonsense,--device cuda:99,--task chess,--task countdown:numbers=99,--eval-traces 15,
---population 2,--clip nan,--clip -0.1,--lr inf,--steps -1,--num-traces 0,--updates 0,--seed -1,
---seed 99999999999999999999,--problems 0,--algo magic,--steps many,--search-credit magic,
+--set-size 9,--set-size 8,--set-size 0,--num-sets 71,--num-sets 1,--num-sets 3,
+--num-aggregations 1,--device nonsense,--device cuda:99,--task chess,--task countdown:numbers=99,
+--eval-traces 15,--population 2,--clip nan,--clip -0.1,--lr inf,--steps -1,--num-traces 0,--updates 0,
+--seed -1,--seed 99999999999999999999,--problems 0,--algo magic,--steps many,--search-credit magic,
 --nonsense 1,--num-trace 8,--max-prompt-tokens 5,--max-trace-tokens 0,
 --eval-traces 0,--data nowhere.jsonl --task math"""
 
@@ -1027,9 +1019,8 @@ def test_presets_are_files_of_options_that_others_override(tmp_path):
     preset.write_text("--lr=1e-3\n--rows=7\n")
     config = spiral.parse_config([f"@{preset}", "--rows", "8"])
     assert config == spiral.Config(lr=1e-3, rows=8)
-    paper = spiral.parse_config([f"@{HERE}/experiments/paper.args"])
-    found = paper.problems, paper.lr, paper.max_trace_tokens, paper.lora_rank
-    assert found == (256, 2e-5, 4096, 32)
+    for ours in (HERE / "experiments").glob("*.args"):
+        assert spiral.parse_config([f"@{ours}"]) != spiral.Config()
 
 
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
@@ -1217,20 +1208,19 @@ def test_ctrl_c_and_too_little_memory_end_in_one_line(where, error, words, monke
 
 
 def test_ctrl_c_in_the_evaluation_keeps_the_table_so_far(monkeypatch, tmp_path, capsys):
-    sizes = []
+    parts = [{"pass@1": 0.5}]
 
-    def evaluate(policy, task, problems, *rest):
-        if sizes:
+    def evaluate(*_):
+        if not parts:
             raise KeyboardInterrupt
-        sizes.append(len(problems))
-        return {"pass@1": 0.5}
+        return parts.pop()
 
     monkeypatch.setattr(spiral, "evaluate", evaluate)
     assert run("--steps 0 --eval-problems 120 --out", tmp_path) == 130
     printed = "".join(capsys.readouterr())
     assert "interrupted" in printed and re.search("pass@1 +0.5", printed)
     (row,) = rows(tmp_path / "evaluation.jsonl")
-    assert (row["problems"], row["pass@1"]) == (sizes[0], 0.5)
+    assert 0 < row["problems"] < 120 and row["pass@1"] == 0.5
 
 
 def test_a_terminal_that_lacks_a_character_ends_nothing(monkeypatch, tmp_path):
@@ -1294,10 +1284,10 @@ def test_problems_are_solvable_distinct_reproducible_and_splits_disjoint(name):
         assert len(keys) == 200 and zero != one and task.problems(split, 20, 0) == zero[:20]
         seen.update(keys | {task.key(problem) for problem in one})
         for problem in zero:
-            solution = problem.get("solution") or str(problem["value"])
-            right = problem.get("target", problem.get("value"))
-            assert task.reward(problem, f"Answer: {solution}") == 1.0
-            assert eval(problem.get("solution") or problem["expression"]) == right
+            solution = problem.get("solution") or problem["expression"]
+            target = problem.get("target", problem.get("value"))
+            assert eval(solution) == target
+            assert task.reward(problem, f"Answer: {solution} = {target}") == 1.0
     assert max(seen.values()) <= 2  # of two seeds of one split
 
 
@@ -1395,19 +1385,17 @@ def test_hostile_answers_are_worth_nothing_at_once(body, no_library):
 
 
 def test_fuzzed_completions_get_a_reward_of_zero_or_one(no_library):
-    rng, rewards = random.Random(0), Counter()
-    pieces = (
-        r"3*7+5|26|Answer: |**|none|\frac|×|٣| |$|0 1 2 3 5 6 7 9 + - * / ( ) ^ _ = { } [ ] . \\"
-    )
-    pieces = [*pieces.split("|"), *pieces]
-    starts, tasked = ("", "Answer: ", r"\boxed{", "Answer: 26"), (COUNTDOWN, ARITHMETIC, MATH)
+    rng, rewards = random.Random(0), set()
+    numerals = "0 1 2 3 5 6 7 9 + - * / ( ) ^ _ = { } [ ] . \\ "
+    pieces = [*r"3*7+5|26|Answer: |**|none|\frac|×|٣|$".split("|"), *numerals]
     for _ in range(5000):
-        text = rng.choice(starts) + "".join(rng.choices(pieces, k=rng.randrange(25))) + "}"
-        for task in tasked:
+        start = rng.choice(("", "Answer: ", r"\boxed{", "Answer: 26"))
+        text = start + "".join(rng.choices(pieces, k=rng.randrange(25))) + "}"
+        for task in (COUNTDOWN, ARITHMETIC, MATH):
             reward = task.reward({**REACH_26, **IS_26, "answer": "26"}, text)
-            rewards[reward] += 1
+            rewards.add(reward)
             assert reward == 0.0 or task.answer(text)
-    assert set(rewards) == {0.0, 1.0}
+    assert rewards == {0.0, 1.0}
 
 
 def test_expressions_have_the_value_that_python_gives_them():
@@ -1466,7 +1454,10 @@ def verify(right, answer, timeout_seconds):
     if answer == "x-3": os._exit(0)
     if answer == "x-4": raise RuntimeError
     if answer == "x-5": return bool(mmap.mmap(-1, 8 << 30))
-    if answer == "x-6": time.sleep(0.6); return True
+    if answer == "x-6":                     # Ctrl-C, and a late reply
+        os.kill(os.getppid(), 2)
+        time.sleep(0.6)
+        return True
     if answer == "x-7": return sympy.sympify("().__class__.__name__.__len__()") == 5
     if answer == "x-8": return sympy.Number("12") == 12 and sympy.Number("0.5") == sympy.S.Half
     return [right, answer] in ([r"\frac{1}{2}+x", "x+0.5"], ["2x", "x+x"])
@@ -1489,11 +1480,8 @@ def test_pairs_of_every_kind(with_library, library, monkeypatch):
         pytest.importorskip("math_verify")
         monkeypatch.delenv("PYTHONPATH")
     library("raise ImportError")
-    pairs = map(
-        json.loads, (HERE / "experiments" / "verifier_pairs.jsonl").read_text().splitlines()
-    )
     missed = []
-    for pair in pairs:
+    for pair in rows(HERE / "experiments/verifier_pairs.jsonl"):
         rewarded = is_right(pair["gold"], pair["answer"])
         assert pair["right"] or not rewarded, pair
         missed += [pair] * (pair["right"] and not rewarded)
@@ -1615,19 +1603,9 @@ def test_a_worker_killed_by_others_starts_again(stand_in):
 
 
 def test_an_interrupted_question_leaves_no_reply_for_the_next(stand_in):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    assert is_right("2x", "x+x")
-    tasks.equivalent.cache_clear()
-    previous = signal.signal(signal.SIGUSR1, interrupt)
-    try:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        with pytest.raises(KeyboardInterrupt):
-            is_right("2x", "x-6")
-        assert [is_right("2x", answer) for answer in ("y+1", "x+x", "z+1")] == [False, True, False]
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
+    with pytest.raises(KeyboardInterrupt):
+        is_right("2x", "x-6")
+    assert [is_right("2x", answer) for answer in ("y+1", "x+x", "z+1")] == [False, True, False]
 
 
 def test_threads_share_a_worker_and_get_their_own_replies(stand_in, spy):
