@@ -1206,8 +1206,7 @@ def test_notes_name_what_is_wrong_and_nothing_else(words):
 )
 def test_ctrl_c_and_too_little_memory_end_in_one_line(where, error, words, monkeypatch, error_of):
     monkeypatch.setattr(spiral, where, raising(error("large")))
-    code = 130 if error is KeyboardInterrupt else 2
-    assert words in error_of("--ask 1,2,3", code=code)
+    assert words in error_of("--ask 1,2,3", code=130 if error is KeyboardInterrupt else 2)
 
 
 def test_ctrl_c_in_the_evaluation_keeps_the_table_so_far(monkeypatch, tmp_path, capsys):
