@@ -55,7 +55,7 @@ import tasks
 @dataclass
 class Config:
     algo: Literal["spiral", "grpo"] = "spiral"  # grpo: traces alone, by their own rewards
-    search_credit: Literal["set", "trace", "pass", "curve"] = "set"  # see search_credit()
+    search_credit: Literal["set", "trace", "pass", "curve"] = "curve"  # see search_credit()
     task: str = "countdown"  # or arithmetic, math, "countdown:numbers=4,high=30"
     data: str = ""  # for math: a JSONL of {"problem": ..., "answer": ...}
     model: str = "tiny"  # shipped; or a folder in Hugging Face format, or a hub id
@@ -69,7 +69,7 @@ class Config:
     num_aggregations: int = 4  # N2: aggregation traces per set
     balanced: bool = True  # every trace in equally many sets; off: sets drawn uniformly
     published: bool = False  # the paper's self-inclusive baselines, not leave-one-out
-    search_weight: float = 1.0  # of the search term; 1 is the exact joint gradient
+    search_weight: float = 0.2  # of the search term; 1, with set credit, is the exact gradient of J
     lattice: bool = False  # training traces of a problem don't repeat: see draw_uniforms()
     # Training
     steps: int = 30  # training steps; 0: evaluate only
