@@ -1275,6 +1275,7 @@ def report(policy, task, config, out, name):
         path.touch()
         rows = map(json.loads, path.read_text().splitlines())
         rows = [old for old in rows if old["policy"] != name or not done] + [row] * (done > 0)
+        rows.sort(key=lambda row: row["policy"] != "start")  # that one first
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for key in row:
             cells = [

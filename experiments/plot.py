@@ -154,6 +154,7 @@ def study_table(name, setting="short"):
 def runs_table(folders):
     """Scores before and after, in the mean over runs of one command, and the change of each."""
     runs = [read(folder / "evaluation.jsonl")[-2:] for folder in folders]
+    runs = [sorted(rows, key=lambda row: row["policy"] != "start") for rows in runs]
     lines = [["held-out", "before", "after", "change", *(folder.name for folder in folders)]]
     for key in [key for key in runs[0][0] if key not in ("policy", "step", "split", "problems")]:
         values = np.array([[row[key] for row in run] for run in runs])  # [runs, 2]
