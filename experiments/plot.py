@@ -27,7 +27,7 @@ NOISE = RESULTS.with_name("gradient_noise.json")
 RIVALS = ("base", "grpo", "trace", "set", "pass", "curve")
 # Columns: runs, and differences of two. A table of differences alone has the traces needed, too
 TABLES = {
-    "main": (RIVALS, [("curve", "grpo"), ("curve", "trace")]),
+    "main": (RIVALS, ()),
     "credits": ((), [(a, b) for b in ("grpo", "trace") for a in ("set", "pass", "curve")]),
     "lattice": ((), [(f"{run} (lattice)", run) for run in RIVALS]),
     "more": ((), [(run, "curve") for run in ("depth 2", "curve trained with lattices")]),
