@@ -694,7 +694,7 @@ def search_credit(config, trace_rewards, rewards, sets, curve):
             rewards, sets, config.num_traces, config.balanced, config.published
         )
     share = torch.arange(n + 1) / n
-    curves = {"trace": share, "pass": share.ceil(), "curve": curve}
+    curves = {"trace": share, "pass": share.ceil(), "curve": share if curve is None else curve}
     return curve_advantages(trace_rewards, curves[kind], n)
 
 
