@@ -523,9 +523,8 @@ def sample(
     most = min(max_rows or rows, rows)
     assert prompts and all(prompts), "sample needs at least one prompt, and a token in each"
     assert num_samples % lattice == 0, f"{num_samples} samples are not whole lattices of {lattice}"
-    fits = (
-        max(map(len, prompts)) <= memory.prompts.shape[4] and max_new_tokens <= memory.own.shape[4]
-    )
+    longest, columns = max(map(len, prompts)), (memory.prompts.shape[4], memory.own.shape[4])
+    fits = longest <= columns[0] and max_new_tokens <= columns[1]
     assert fits and num_samples <= most, "memory is too small: raise --max-prompt-tokens or --rows"
     results = []
     for i in range(len(prompts)):
@@ -548,9 +547,10 @@ def sample(
         # Finished rows leave, then prompts that nobody needs; the last ones take their places
         go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(go_on.count(False))
-        close_gaps(active, go_on, memory.own)
+        used = max(len(row.tokens) for row in active)
+        close_gaps(active, go_on, memory.own[..., :used, :])
         needed = {row.prompt for row in active}
-        close_gaps(held, [i in needed for i in held], memory.prompts)
+        close_gaps(held, [i in needed for i in held], memory.prompts[..., :longest, :])
     progress.close()
     for completions in results:
         for c in completions:
