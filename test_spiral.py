@@ -1058,7 +1058,7 @@ def test_end_to_end(algo, coin_rewards, tmp_path, capsys):
     assert [row["step"] for row in metrics] == [1, 2]
     for row in metrics:
         assert row["grad_norm"] > 0 and row["logprob_difference"] < 1e-4
-    after, before = rows(path)
+    before, after = rows(path)
     assert (after["policy"], before["policy"]) == ("step 2", "start")
     assert after["entropy"] != before["entropy"]
     assert run(*command, 1) == 0  # fewer steps than are done
