@@ -13,9 +13,8 @@ Only these are rewarded (r_km, by the task's verifier). The objective, and its g
     python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0    # evaluate a checkpoint
 
 Simplified on purpose: no critic, no reward model, no KL term, no paged cache, no asynchronous
-rollouts, since none of them is part of the method. A model that doesn't fit one GPU belongs to
-verl or TRL. Read from top to bottom: policy, sampler, sets, advantages, update, rollout,
-evaluation, run.
+rollouts, since none of them is part of the method. Read from top to bottom: policy, sampler, sets,
+advantages, update, rollout, evaluation, run.
 """
 
 import collections
@@ -25,13 +24,12 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
-import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -61,7 +59,6 @@ class Config:
     model: str = "tiny"  # shipped; or a folder in Hugging Face format, or a hub id
     out: str = ""  # folder of the run, resumed if it holds one; default runs/ALGO-TASK-SEED
     seed: int = 0  # fixes problems, traces and sets
-    device: str = "auto"  # cpu, cuda, cuda:1 ...
     # The four sizes, and the estimator (paper.md sections 2 to 8)
     num_traces: int = 8  # N1: search traces per problem
     set_size: int = 4  # n: traces in a set
@@ -70,7 +67,7 @@ class Config:
     balanced: bool = True  # every trace in equally many sets; off: sets drawn uniformly
     published: bool = False  # the paper's self-inclusive baselines, not leave-one-out
     search_weight: float = 0.2  # of the search term; 1, with set credit, is the exact gradient of J
-    lattice: bool = False  # training traces of a problem don't repeat: see draw_uniforms()
+    lattice: bool = False  # training traces of a problem don't repeat: see draw_codes()
     # Training
     steps: int = 30  # training steps; 0: evaluate only
     problems: int = 16  # problems per step with an advantage that is not zero
@@ -92,9 +89,8 @@ class Config:
     lora_rank: int = 0  # train LoRA adapters of this rank (peft); 0: all weights
     # Evaluation, use and records
     eval_problems: int = 200  # held-out problems of the table; 0: no evaluation
-    eval_traces: int = 16  # traces per held-out problem
-    rsa_steps: int = 2  # steps of recursive self-aggregation
-    population: int = 8  # of recursive self-aggregation
+    eval_traces: int = 16  # traces per held-out problem, and population of RSA
+    rsa_steps: int = 2  # steps of recursive self-aggregation (RSA)
     save_every: int = 10  # steps between checkpoints, and between printed transcripts
     ask: str = ""  # answer this and stop: "4 9 13 61" to reach 61 with 4, 9 and 13
 
@@ -105,30 +101,11 @@ class Config:
             if type(x) in (int, float):
                 fine = 0 <= x < 2**31 and (x or name in may_be_0.split())
                 assert fine, f"--{name.replace('_', '-')} {x}: out of range"
-        several = min(self.num_traces, self.num_aggregations, self.num_sets) > 1
-        assert several, "--num-traces, --num-sets, --num-aggregations: a baseline takes 2 or more"
+        several = min(self.num_sets, self.num_aggregations) > 1
+        assert several, "--num-sets, --num-aggregations: a baseline takes 2 or more"
         draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
         assert self.set_size < self.num_traces, "--set-size must be below --num-traces"
-        whole = self.eval_traces % self.set_size == self.eval_traces % self.population == 0
-        assert whole, "--eval-traces must be a multiple of --set-size and of --population"
-        assert self.set_size <= self.population, "--population must be --set-size at least"
-        pick_device(self.device)
-
-
-def pick_device(name):
-    """torch.device of a name; "auto" is cuda when there is one. Raises AssertionError if not
-    there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise AssertionError(f"--device {name}: {error}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # that of graphs, and of messages between processes
-    return device
+        assert self.eval_traces % self.set_size == 0, "--eval-traces: not a multiple of --set-size"
 
 
 # ---- Processes of torchrun: each holds the whole model and takes its share of the problems ----
@@ -156,25 +133,20 @@ class HubTokenizer:
 
     def __init__(self, path, settings):
         try:
-            listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+            ends = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
-            listed = settings.eos_token_id
+            ends = settings.eos_token_id
         try:
             self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(listed).tolist()} - {None}
+            self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(ends).tolist()} - {None}
             heard = self.chat("one") != self.chat("two")
         except Exception as error:  # a template is somebody else's program
             raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
+        assert heard, f"{path}: its chat template leaves out the user's message"
+        self.encode = functools.partial(self.hf.encode, add_special_tokens=False)
+        self.decode = functools.partial(self.hf.decode, skip_special_tokens=True)
         added = self.hf.added_tokens_decoder.values()
         self.markers = [x.content for x in added if x.special and x.content.strip()]
-        assert heard, f"{path}: its chat template leaves out the user's message"
-        assert self.eos_ids, f"{path} names no end-of-sequence token"
-
-    def encode(self, text):
-        return self.hf.encode(text, add_special_tokens=False)
-
-    def decode(self, tokens):
-        return self.hf.decode(tokens, skip_special_tokens=True)
 
     def chat(self, text):
         """Prompt tokens of a user's message."""
@@ -194,38 +166,37 @@ class Policy:
     memory: object  # of `sample`: a Memory
 
 
-def load_tokenizer(name):
-    """(path, settings, tokenizer) of a model, without its weights."""
-    path = TINY if name == "tiny" else name
-    if Path(path).is_dir():
-        path = Path(path).resolve()  # adapters remember it
+# Their attention is causal and nothing else. Another model: add its type here, and to the tests
+PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
+
+
+def load_policy(config, question=""):
+    """The policy that config.model names, with its adapters or all its weights trainable. Raises,
+    before it loads them, when they don't suit us, or when no aggregation prompt of the question
+    would fit."""
+    path = TINY if config.model == "tiny" else config.model
+    path = os.path.abspath(path) if os.path.isdir(path) else path  # adapters remember it
     base, adapters = path, Path(path) / "adapter_config.json"
-    if adapters.exists():  # a checkpoint of a LoRA run, which has these alone
+    if adapters.exists():  # a checkpoint of a LoRA run
         base = json.loads(adapters.read_text())["base_model_name_or_path"]
-        assert base, f"{adapters} names no base model"
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    tiny = getattr(settings, "spiral_tokenizer", None) == "tiny"
-    return path, settings, tasks.TinyTokenizer() if tiny else HubTokenizer(path, settings)
-
-
-def load_policy(config):
-    """The policy that config.model names, with its adapters or all its weights trainable. Raises
-    ValueError or OSError when there is none, or when its attention isn't plain and causal."""
-    path, settings, tokenizer = load_tokenizer(config.model)
+    tiny = hasattr(settings, "spiral_tokenizer")
+    tokenizer = tasks.TinyTokenizer() if tiny else HubTokenizer(base, settings)
+    aggregation_prompt(tokenizer, question, ["0" * 99] * config.set_size, config.max_prompt_tokens)
+    text = settings.get_text_config()
+    plain = text.model_type in PLAIN and not getattr(text, "sliding_window", None)
+    assert plain, f"{path}: {text.model_type} attention is not known to be plain and causal"
     longest = max(config.max_trace_tokens, config.max_aggregation_tokens)
-    most = settings.get_text_config().max_position_embeddings
+    most = text.max_position_embeddings
     assert config.max_prompt_tokens + longest <= most, f"prompt and completion exceed {most} tokens"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{path}: its safetensors are damaged: {error}") from None
-    if config.lora_rank and not hasattr(model, "peft_config"):  # a LoRA run's checkpoint has it
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation="spiral",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if config.lora_rank and not adapters.exists():
         from peft import LoraConfig
 
         torch.manual_seed(config.seed)  # the same adapters in every process
@@ -235,10 +206,10 @@ def load_policy(config):
         # Views into a file are aligned otherwise than fresh memory, and then round otherwise
         parameter.data = parameter.data.clone()
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
-    model = model.eval().to(pick_device(config.device))  # eval for good: no dropout
-    use_our_attention(model, path)
+    # For good: no dropout
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
     return Policy(model, tokenizer, Memory(model, config.rows, config.max_prompt_tokens, longest))
@@ -256,45 +227,20 @@ AttentionInterface.register("spiral", attention)  # a name for transformers, not
 
 
 def causal_attention(layer, query, key, value, bias=None):
-    """The `attend` of whole sequences: to all up to one's place, or as the additive bias [T, S]
-    says."""
+    """The `attend` of whole sequences: to all before, or as the additive bias [T, S] says."""
     how = {"scale": 1.0, "enable_gqa": query.shape[1] != key.shape[1]}
     out = F.scaled_dot_product_attention(query, key, value, bias, is_causal=bias is None, **how)
     return out.transpose(1, 2)
 
 
-def use_our_attention(model, path):
-    """Raises ValueError unless the model then computes what it did before, by causal attention in
-    every layer."""
-    settings, layers = model.config.get_text_config(), []
-    special = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-    plain = not any(getattr(settings, name, None) for name in special)
-    tokens = torch.arange(4, device=model.device)[None]
-
-    def attend(layer, *arguments):
-        layers.append(layer)
-        return causal_attention(layer, *arguments)
-
-    with torch.no_grad():
-        expected = model(tokens).logits.float()
-        model.set_attn_implementation("spiral")
-        logits = head(model, hidden_states(model, tokens, attend), 1.0)
-    every = layers == [*range(settings.num_hidden_layers)]
-    same = (logits - expected).norm() < 0.05 * expected.norm()  # bf16 rounds to 1 percent or so
-    if not plain or not every or not same:
-        raise ValueError(f"{path}: only models with plain causal attention work here")
-
-
 def hidden_states(model, tokens, attend, positions=None):
-    """Last hidden states [B, T, d] of tokens [B, T], at positions [B, T] (0, 1 ...): the model
-    without its head."""
+    """Of tokens [B, T], at positions [B, T] (0, 1 ...) -> [B, T, d], for head()."""
     out = model.base_model(tokens, position_ids=positions, use_cache=False, attend=attend)
     return out.last_hidden_state
 
 
 def head(model, hidden, temperature):
-    """Logits at `temperature`, fp32 [..., V]. Temperature 0 is greedy: all probability on one
-    token."""
+    """Logits at `temperature` (0: all probability on one token), fp32 [..., V]."""
     return model.get_output_embeddings()(hidden).float() / max(temperature, 1e-6)
 
 
@@ -308,8 +254,9 @@ class Completion:
 
     prompt: int  # which one of the call
     place: int  # among the prompt's completions
-    uniforms: list  # one a token
-    code: float  # see draw_tokens()
+    code: float  # see draw_codes()
+    random: object = field(default=None, compare=False)  # random.Random(code)
+    chance: float = 1.0  # of the tokens so far
     tokens: list = field(default_factory=list)  # up to and including EOS
     logprobs: list = field(default_factory=list)  # of the tokens, at the sampling temperature
     truncated: bool = True  # has no EOS
@@ -319,38 +266,34 @@ class Completion:
 
 
 class Memory:
-    """Keys and values while decoding, allocated once: CUDA graphs hold the addresses. A prompt is
-    held without its last token, which is the first input of its rows: so all tokens are sampled in
-    one place, decode_step()."""
+    """Keys and values while decoding, allocated once. A prompt is held without its last token,
+    which is the first input of its rows: so all tokens are sampled in one place, decode_step()."""
 
     def __init__(self, model, rows, prompt_tokens, new_tokens):
         settings = model.config.get_text_config()
         queries = settings.num_attention_heads
         heads = getattr(settings, "num_key_value_heads", queries)
         width = getattr(settings, "head_dim", settings.hidden_size // queries)
-        pairs = settings.num_hidden_layers, 2  # keys, values
-        zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
-        self.prompts = zeros(*pairs, rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
-        self.own = zeros(*pairs, rows, heads, new_tokens, width)
-        self.inputs = zeros(5, rows, dtype=torch.float64)
-        cuda = model.device.type == "cuda"
-        self.graphs = {} if cuda else None
-        self.pool = torch.cuda.graph_pool_handle() if cuda else None  # scratch of all graphs
+        size = settings.num_hidden_layers, 2, rows, heads, new_tokens, width  # 2: keys, values
+        self.own = torch.zeros(size, dtype=model.dtype, device=model.device)
+        size = *size[:2], rows // 4 + 2, heads, prompt_tokens, width  # one prompt is nobody's
+        self.prompts = self.own.new_zeros(size)
+        self.graphs = {}  # their scratch memory is shared:
+        self.pool = torch.cuda.graph_pool_handle() if self.own.is_cuda else None
 
 
-def draw_uniforms(num_samples, limit, generator=None, lattice=1):
-    """Uniforms [num_samples, limit] fp64 of one prompt; the first of a row is its code. Codes of a
-    lattice are (i + shift) / lattice in random order, one shift for all: each is uniform, together
-    they spread over the CDF (QuasiMoTTo, arXiv 2607.01179). A lattice of 1: independent codes.
+def draw_codes(num_samples, generator=None, lattice=1):
+    """Codes [num_samples] fp64 of a prompt's completions. Those of a lattice are (i + shift) /
+    lattice in random order, one shift for all: each is uniform in [0, 1), together they spread over
+    the CDF (QuasiMoTTo, arXiv 2607.01179). A lattice of 1: independent ones.
 
     A token takes the slice of the CDF that its row's code lies in; what is left of the code, scaled
     to [0, 1), is the code of the next token, as long as another code of the lattice may have come
     along the same tokens. From there on each token takes a fresh uniform."""
-    uniforms = torch.rand(num_samples, limit, generator=generator, dtype=torch.float64)
-    if lattice > 1:
-        order = torch.rand(num_samples // lattice, lattice, generator=generator).argsort(1)
-        uniforms[:, 0] = ((order + uniforms[::lattice, :1]) / lattice).flatten()
-    return uniforms
+    shape = num_samples // lattice, lattice
+    order = torch.rand(shape, generator=generator).argsort(1)
+    shifts = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64)
+    return ((order + shifts) / lattice).flatten()
 
 
 def draw_tokens(logits, codes):
@@ -392,20 +335,20 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
     inputs = []
     for row in active:
         prompt, step = prompts[row.prompt], len(row.tokens)
-        last = row.tokens[-1] if step else prompt[-1]
+        last = (row.tokens or prompt)[-1]
         slot = held.index(row.prompt) * places + row.place
         # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh
         # uniform is as good as what is left of the code, and rounding can't add up
-        shared = lattice > 1 and sum(row.logprobs) > -math.log(lattice)
-        code = row.code if shared else row.uniforms[step]
+        code = row.code if row.chance * lattice > 1 else row.random.random()
         inputs.append([last, step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
     columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1  # in use: of prompts, of rows
-    step = decode_step if policy.memory.graphs is None else replay
+    step = replay if policy.memory.pool else decode_step
     outputs = step(policy, inputs, (len(held), *columns, places), temperature)
     for row, (token, logprob, row.code) in zip(active, outputs.T.tolist(), strict=True):
         row.tokens.append(int(token))
         row.logprobs.append(logprob)
+        row.chance *= math.exp(logprob)
         row.truncated = token not in policy.tokenizer.eos_ids
 
 
@@ -426,14 +369,12 @@ def decode_step(policy, inputs, shape, temperature):
 def decode_attention(prompts, own, slots, places, lengths, steps):
     """The `attend` of one query a row, [B, H, 1, D] -> [B, 1, H, D]. prompts [layers, 2, U, kv, L,
     D] and own [layers, 2, B, kv, T, D] are keys and values; new ones go to column steps [B] of own.
-    A row sees the first lengths [B] columns of its prompt, and its own up to the new one. A prompt
-    is read once for all of its rows, which wait side by side: in slots [B], prompt * places +
-    place."""
+    A row sees the first lengths [B] columns of its prompt, and its own up to the new one."""
     sizes = prompts.shape[4], own.shape[4]  # L, T
-    index = torch.arange(max(*sizes, len(slots)), device=slots.device)
-    rows = index[: len(slots)]
-    unseen = index[: sizes[0]] >= lengths[:, None], index[: sizes[1]] > steps[:, None]
-    bias = torch.where(torch.cat(unseen, 1), -math.inf, 0.0)[:, None, None]  # [B, 1, 1, L + T]
+    rows = torch.arange(len(slots), device=slots.device)
+    column, start = torch.arange(sum(sizes), device=slots.device), sizes[0]
+    seen = torch.where(column < start, column < lengths[:, None], column <= start + steps[:, None])
+    bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
 
     def with_prompts(equation, x, held):
         """einsum of rows [B, kv, G, C] with what is held [U, kv, L, D] of their prompts."""
@@ -444,9 +385,8 @@ def decode_attention(prompts, own, slots, places, lengths, steps):
 
     def attend(layer, query, key, value):
         prompt_keys, prompt_values = prompts[layer]  # [U, kv, L, D]
+        own[layer, :, rows, :, steps] = torch.stack([key, value], 1)[:, :, :, 0]
         keys, values = own[layer]  # [B, kv, T, D]
-        keys[rows, :, steps] = key[:, :, 0]
-        values[rows, :, steps] = value[:, :, 0]
         query = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0]  # [B, kv, G, D]: G share a key
         scores = [with_prompts("upkgd,ukld->upkgl", query, prompt_keys), query @ keys.mT]
         weights = (torch.cat(scores, -1) + bias).softmax(-1, torch.float32).to(values.dtype)
@@ -457,87 +397,61 @@ def decode_attention(prompts, own, slots, places, lengths, steps):
     return attend
 
 
-def bucket(n):
-    """n rounded up to one of four sizes an octave: few shapes, little waste."""
-    step = max(1, (1 << (n - 1).bit_length()) // 8)
-    return -(-n // step) * step
-
-
 def replay(policy, inputs, shape, temperature):
-    """decode_step as a CUDA graph, of rounded shape: rows added by rounding decode garbage in the
-    last slot, of a prompt that no other row has. Weights change in place: a graph stays valid."""
-    memory, rows = policy.memory, inputs.shape[1]
-    prompts, *columns, places = shape
-    shape = *[bucket(n) for n in (prompts + 1, *columns)], places
-    static = memory.inputs[:, : bucket(rows)].zero_()
-    static[3] = -1  # the last slot
-    static[:, :rows] = inputs
-    key = *static.shape, *shape, temperature
-    if key not in memory.graphs:
-        outputs = decode_step(policy, static, shape, temperature)  # plainly, which warms up
-        if len(memory.graphs) == 128:  # some 20 MB each
-            return outputs[:, :rows]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory.pool):
-            outputs = decode_step(policy, static, shape, temperature)
-        memory.graphs[key] = graph, outputs
-    graph, outputs = memory.graphs[key]
-    graph.replay()
-    return outputs[:, :rows]
+    """decode_step as a CUDA graph, of numbers rounded up to powers of two: few graphs. Rows added
+    by that decode garbage in the last slot, of a prompt that no other row has. Weights change in
+    place: a graph stays valid."""
+    memory, (prompts, *columns, places), rows = policy.memory, shape, inputs.shape[1]
+    size, *shape = [1 << (n - 1).bit_length() for n in (rows, prompts + 1, *columns)]
+    padded = inputs.new_zeros(5, memory.own.shape[2])[:, :size]
+    padded[3] = -1  # the last slot
+    padded[:, :rows] = inputs
+    key = size, *shape, places, temperature
+    step = functools.partial(decode_step, policy, shape=key[1:5], temperature=temperature)
+    if key not in memory.graphs and len(memory.graphs) < 128:  # some 20 MB each
+        graph = torch.cuda.make_graphed_callables(step, (padded.clone(),), pool=memory.pool)
+        memory.graphs[key] = graph
+    return memory.graphs.get(key, step)(padded)[:, :rows]
 
 
-def close_gaps(items, needed, cache):
-    """The last `needed` items move into the places of those not needed, with their keys and values
-    in cache [layers, 2, items, kv, columns, D]."""
-    kept = sum(needed)
-    holes = [i for i in range(kept) if not needed[i]]
-    movers = [i for i in range(kept, len(items)) if needed[i]]
-    if holes:
-        cache[:, :, holes] = cache[:, :, movers]
-    for hole, mover in zip(holes, movers, strict=True):
-        items[hole] = items[mover]
-    del items[kept:]
+def leave(items, needed, cache):
+    """Items that aren't needed leave; the last one takes the place of each, with its keys and
+    values in cache [layers, 2, items, kv, columns, D]."""
+    for i in reversed(range(len(items))):
+        if not needed[i]:
+            cache[:, :, i] = cache[:, :, len(items) - 1]
+            items[i] = items[-1]
+            items.pop()
 
 
 @torch.no_grad()
 def sample(
-    policy,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    num_samples=1,
-    generator=None,
-    max_rows=0,
-    lattice=1,
+    policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, lattice=1
 ):
     """`num_samples` completions of each prompt (a list of token lists) -> [prompts][num_samples]
-    Completions.
+    Completions. What is sampled doesn't depend on the batch.
 
     temperature 0 is greedy. generator: one, or a list of them, each for an equal part of the
-    prompts, whose samples are then independent of the others. max_rows: rows decoded at a time, 0:
-    all that memory holds. lattice: so many of a prompt's completions share a lattice of codes. What
-    is sampled doesn't depend on the batch. Raises AssertionError for an empty prompt, and for what
-    memory doesn't hold."""
-    memory, generators = policy.memory, generator if isinstance(generator, list) else [generator]
-    rows, places = memory.own.shape[2], memory.prompts.shape[2] - 1  # one is nobody's
-    most = min(max_rows or rows, rows)
+    prompts. lattice: so many of a prompt's completions share a lattice of codes. Raises
+    AssertionError for an empty prompt, and for what memory doesn't hold."""
+    memory = policy.memory
+    places, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is nobody's
     assert prompts and all(prompts), "sample needs at least one prompt, and a token in each"
     assert num_samples % lattice == 0, f"{num_samples} samples are not whole lattices of {lattice}"
-    longest, columns = max(map(len, prompts)), (memory.prompts.shape[4], memory.own.shape[4])
-    fits = longest <= columns[0] and max_new_tokens <= columns[1]
-    assert fits and num_samples <= most, "memory is too small: raise --max-prompt-tokens or --rows"
-    results = []
+    fits = max(map(len, prompts)) <= memory.prompts.shape[4] and num_samples <= rows
+    fits = fits and max_new_tokens <= memory.own.shape[4]
+    assert fits, "memory is too small: raise --max-prompt-tokens or --rows"
+    generators, results = generator if isinstance(generator, list) else [generator], []
     for i in range(len(prompts)):
         source = generators[i * len(generators) // len(prompts)]
-        uniforms = draw_uniforms(num_samples, max_new_tokens, source, lattice).tolist()
-        results.append([Completion(i, j, row, row[0]) for j, row in enumerate(uniforms)])
+        codes = draw_codes(num_samples, source, lattice).tolist()
+        results.append([Completion(i, j, x, random.Random(x)) for j, x in enumerate(codes)])
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
     active, held = [], []
     progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
     while waiting or active:
-        room = min((most - len(active)) // num_samples, places - len(held))  # for prompts
-        if waiting and 4 * room >= min(most // num_samples, places):  # small batches are slow
-            room = min(room, 1 + 16384 // len(prompts[waiting[0]]))  # tokens at once
+        room = min((rows - len(active)) // num_samples, places - len(held))  # for prompts
+        if waiting and 4 * room >= min(rows // num_samples, places):  # small batches are slow
             new, waiting = waiting[:room], waiting[room:]
             prefill(policy, [prompts[i] for i in new], len(held))
             held += new
@@ -547,14 +461,10 @@ def sample(
         # Finished rows leave, then prompts that nobody needs; the last ones take their places
         go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(go_on.count(False))
-        used = max(len(row.tokens) for row in active)
-        close_gaps(active, go_on, memory.own[..., :used, :])
+        leave(active, go_on, memory.own)
         needed = {row.prompt for row in active}
-        close_gaps(held, [i in needed for i in held], memory.prompts[..., :longest, :])
+        leave(held, [i in needed for i in held], memory.prompts)
     progress.close()
-    for completions in results:
-        for c in completions:
-            c.uniforms = []  # they took more memory than the tokens
     return results
 
 
@@ -564,24 +474,18 @@ def sample(
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order. Uniform without replacement, or balanced: each trace in K n / N1 sets. Raises ValueError
-    when there are no such sets."""
-    block = math.lcm(num_traces, set_size) if balanced else max(1, set_size)
-    enough = 1 <= set_size <= num_traces and num_sets <= math.comb(num_traces, set_size)
-    tries = 10_000 * num_sets if enough and num_sets * set_size % block == 0 else 0
-    # A block of whole permutations, cut into sets, holds every trace equally often; without balance
-    # a block is one set. 6 traces, sets of 4: two permutations are three sets, the middle one of
-    # which may hold a trace twice. A block that doesn't fit is drawn again
-    sets = []
-    for _ in range(tries):
-        rounds = range(math.ceil(block / num_traces))
-        order = torch.cat([torch.randperm(num_traces, generator=generator) for _ in rounds])
-        more = sets + order[:block].view(-1, set_size).tolist()
-        if len({frozenset(s) for s in more if len(set(s)) == set_size}) == len(more):
-            sets = more
-        elif balanced and torch.rand((), generator=generator) < 0.05:
-            sets = []  # out of a dead end
-        if len(sets) == num_sets:
-            return torch.tensor(sets)
+    when there are no such sets, or none are found."""
+    # Balanced: whole permutations, one after the other, are cut into sets. Else each set is the
+    # beginning of a permutation. What isn't distinct is drawn again, all of it: so every choice of
+    # sets is equally likely
+    total, used = num_sets * set_size, num_traces if balanced else set_size
+    possible = set_size <= num_traces and total % used == 0
+    for _ in range(1000 * possible):
+        orders = [torch.randperm(num_traces, generator=generator) for _ in range(total // used)]
+        sets = torch.stack(orders)[:, :used].reshape(num_sets, set_size)
+        distinct = {frozenset(members) for members in sets.tolist()}
+        if len(distinct) == num_sets and all(len(members) == set_size for members in distinct):
+            return sets
     what = f"{'balanced ' * balanced}sets of {set_size} of {num_traces} traces"
     raise ValueError(f"no {num_sets} distinct {what}: change the numbers or --balanced")
 
@@ -666,21 +570,15 @@ def curve_advantages(trace_rewards, curve, set_size):
     right = trace_rewards.long()
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
-    def mean_score(right_ones, size, r):
-        """Of all sets of `size` others (right_ones of all are right) and a trace of reward r."""
-        score = 0.0
-        for c in range(size + 1):  # hypergeometric
-            ways = math.comb(right_ones, c) * math.comb(others - right_ones, size - c)
-            score += ways / math.comb(others, size) * curve[c + r]
-        return score
+    def mean_score(m, size, curve):
+        """Of all sets of `size` others, m of all of which are right: hypergeometric."""
+        ways = [math.comb(m, c) * math.comb(others - m, size - c) for c in range(size + 1)]
+        return torch.tensor(ways) / math.comb(others, size) @ curve[: size + 1]
 
     credit = torch.zeros(2, others + 1)  # by the trace's reward, and right ones of the others
-    for r, right_ones in itertools.product(range(2), range(others + 1)):
-        in_it, out_of_it = (
-            mean_score(right_ones, set_size - 1, r),
-            mean_score(right_ones, set_size, 0),
-        )
-        credit[r, right_ones] = set_size / (others + 1) * (in_it - out_of_it)
+    for r, m in itertools.product(range(2), range(others + 1)):
+        in_it, out_of_it = mean_score(m, set_size - 1, curve[r:]), mean_score(m, set_size, curve)
+        credit[r, m] = set_size / (others + 1) * (in_it - out_of_it)
     return credit[right, right_others]
 
 
@@ -690,11 +588,10 @@ def search_credit(config, trace_rewards, rewards, sets, curve):
     curve, what the aggregator makes of them, measured in earlier rollouts."""
     n, kind = config.set_size, config.search_credit
     if kind == "set":
-        return search_advantages(
-            rewards, sets, config.num_traces, config.balanced, config.published
-        )
+        how = config.num_traces, config.balanced, config.published
+        return search_advantages(rewards, sets, *how)
     share = torch.arange(n + 1) / n
-    curves = {"trace": share, "pass": share.ceil(), "curve": share if curve is None else curve}
+    curves = {"trace": share, "pass": share.ceil(), "curve": curve}
     return curve_advantages(trace_rewards, curves[kind], n)
 
 
@@ -740,8 +637,6 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
         return logprobs.gather(-1, targets[:, None])[:, 0]
 
     size = 1 + chunk_elements // len(model.get_output_embeddings().weight)
-    if len(targets) <= size:
-        return chunk_logprobs(hidden, targets)
     recomputed = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False)
     return torch.cat([*map(recomputed, hidden.split(size), targets.split(size))])
 
@@ -780,27 +675,22 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def make_optimizer(model, lr):
-    """AdamW on fp32 parameters: the model's own, or masters of those in bf16, which sum the
-    gradients of micro-batches and are copied back after a step."""
+    """AdamW on fp32 masters of the trained parameters. Of fp32 parameters they share the memory.
+    They take over the gradients of each micro-batch; bf16 weights are copied from them."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    masters = {p: p if p.dtype == torch.float32 else p.detach().float() for p in trained}
-    # foreach would take as much memory again
-    optimizer = torch.optim.AdamW(
-        masters.values(), lr, (0.9, 0.95), weight_decay=0.0, foreach=False
-    )
+    masters = {p: p.detach().float() for p in trained}
+    optimizer = torch.optim.AdamW(masters.values(), lr, (0.9, 0.95), weight_decay=0, foreach=False)
 
     def to_master(parameter):
-        master, gradient = masters[parameter], parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        masters[parameter].grad += parameter.grad
         parameter.grad = None
 
     def from_masters(*_):
         for parameter, master in masters.items():
-            parameter.data.copy_(master.data)
+            parameter.data.copy_(master)
 
-    for parameter, master in masters.items():
-        if master is not parameter:
-            parameter.register_post_accumulate_grad_hook(to_master)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(to_master)
     optimizer.register_step_post_hook(from_masters)
     return optimizer
 
@@ -809,6 +699,9 @@ def update(policy, optimizer, groups, num_problems, config):
     """One optimizer step on the mean over problems of the estimate -> a dict of numbers.
     num_problems, over all processes, is the one denominator: micro-batches don't change the
     gradient. NaN or inf never reaches the weights: then there is no step, and zeros."""
+    masters = optimizer.param_groups[0]["params"]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
     sums = torch.zeros(3)  # loss, distance from the sampler's log-probs, tokens
     for group in micro_batches(groups, config.micro_batch_tokens):
         logprobs, old, advantages = completion_logprobs(policy.model, group, config.temperature)
@@ -817,10 +710,7 @@ def update(policy, optimizer, groups, num_problems, config):
         distance = (logprobs.detach() - old).abs().sum()
         sums += torch.tensor([loss.item(), distance.item(), len(old)])
     loss, distance, tokens = add_up(sums).tolist()
-    masters = optimizer.param_groups[0]["params"]
     for master in masters:
-        if master.grad is None:  # this process had nothing to train on
-            master.grad = torch.zeros_like(master)
         add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
     finite = math.isfinite(norm + loss)
@@ -836,10 +726,8 @@ def update(policy, optimizer, groups, num_problems, config):
 # ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages ----
 
 
-def complete(policy, task, problems, prompts, config, limit, num_samples, generator, lattice=1):
-    """Completions of each problem's prompt, with texts and rewards -> [P] Groups."""
-    how = {"num_samples": num_samples, "generator": generator, "lattice": lattice}
-    results = sample(policy, prompts, limit, config.temperature, **how)
+def verified(policy, task, problems, prompts, results):
+    """[P] Groups of what was sampled, with texts and rewards."""
     # Some chat templates begin the thought that the verifier and the aggregator must not see
     thinks = policy.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
     for problem, completions in zip(problems, results, strict=True):
@@ -852,29 +740,24 @@ def complete(policy, task, problems, prompts, config, limit, num_samples, genera
 def search(policy, task, problems, config, num_samples, generator, lattice=1):
     """`num_samples` traces of each problem -> [P] Groups."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
-    how = config, config.max_trace_tokens, num_samples, generator, lattice
-    return complete(policy, task, problems, prompts, *how)
+    how = config.max_trace_tokens, config.temperature, num_samples, generator
+    results = sample(policy, prompts, *how, lattice=lattice)
+    return verified(policy, task, problems, prompts, results)
 
 
-def aggregate(policy, task, problems, sets, config, num_samples, generator):
-    """`num_samples` aggregations of each set. problems: S of them; sets: the texts in each, [S][n]
-    -> [S] Groups. What a text thought before </think> is not shown."""
-    prompts = []
-    for problem, texts in zip(problems, sets, strict=True):
-        shown, room = map(tasks.after_thought, texts), config.max_prompt_tokens
-        prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problem), shown, room))
-    how = config, config.max_aggregation_tokens, num_samples, generator
-    return complete(policy, task, problems, prompts, *how)
-
-
-def aggregate_members(policy, task, problems, groups, sets, config, num_samples, generator):
-    """The same of sets [P][K][n] of members of groups [P] -> [P][K] Groups."""
-    owners, texts = [], []
-    for problem, group, chosen in zip(problems, groups, sets, strict=True):
+def aggregate(policy, task, problems, groups, sets, config, num_samples, generator):
+    """`num_samples` aggregations of each set of members of groups [P]: sets [P][K][n] -> [P][K]
+    Groups."""
+    owners, prompts = [], []
+    for i, chosen in enumerate(sets):
         for members in chosen:
-            owners.append(problem)
-            texts.append([group.completions[j].text for j in members])
-    found = iter(aggregate(policy, task, owners, texts, config, num_samples, generator))
+            texts = [tasks.after_thought(groups[i].completions[j].text) for j in members]
+            question = task.prompt(problems[i])
+            tokens = aggregation_prompt(policy.tokenizer, question, texts, config.max_prompt_tokens)
+            prompts.append(tokens)
+            owners.append(problems[i])
+    how = config.max_aggregation_tokens, config.temperature, num_samples, generator
+    found = iter(verified(policy, task, owners, prompts, sample(policy, prompts, *how)))
     return [list(itertools.islice(found, len(chosen))) for chosen in sets]
 
 
@@ -896,7 +779,7 @@ def rewards_of(groups):
     return torch.tensor([[c.reward for c in group.completions] for group in groups])
 
 
-def set_advantages(groups, advantages, target_length):
+def assign_advantages(groups, advantages, target_length):
     """Gives the completions their advantages [groups, completions]; a positive one of a completion
     longer than `target_length` (0: no limit) becomes 0 (L_target, paper.md section 4)."""
     completions = [c for group in groups for c in group.completions]
@@ -905,7 +788,7 @@ def set_advantages(groups, advantages, target_length):
         c.advantage = 0.0 if gated else advantage
 
 
-def rollout(policy, task, problems, config, generators, curve=None):
+def rollout(policy, task, problems, config, generators, curve):
     """The whole pipeline on P problems, each with its own generator -> P Records."""
     num_traces, many, grpo = config.num_traces, config.num_aggregations, config.algo == "grpo"
     if grpo:
@@ -919,14 +802,13 @@ def rollout(policy, task, problems, config, generators, curve=None):
     else:
         sizes = num_traces, config.set_size, config.num_sets
         sets = [draw_sets(*sizes, generator, config.balanced) for generator in generators]
-        how = sets, config, many, generators
-        answers = aggregate_members(policy, task, problems, found, *how)  # [P][K] groups
+        answers = aggregate(policy, task, problems, found, sets, config, many, generators)
         rewards = torch.stack([*map(rewards_of, answers)])  # [P, K, N2]
         credit = search_credit(config, trace_rewards, rewards, torch.stack(sets), curve)  # [P, N1]
         credit *= config.search_weight
         advantages = aggregation_advantages(rewards, config.published)
-        set_advantages(sum(answers, []), advantages, config.target_length)
-    set_advantages(found, credit, config.target_length)
+        assign_advantages(sum(answers, []), advantages, config.target_length)
+    assign_advantages(found, credit, config.target_length)
     return list(map(Record, problems, found, answers, sets))
 
 
@@ -936,7 +818,7 @@ def problem_at(problems, seed, i):
     return problems[np.random.default_rng((seed, epoch)).permutation(len(problems))[place]]
 
 
-def collect(policy, task, problems, cursor, config, curve=None):
+def collect(policy, task, problems, cursor, config, curve):
     """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as
     many are drawn; each process takes its share. Returns (records, number of useful ones in all
     processes, the cursor behind the last problem)."""
@@ -948,9 +830,9 @@ def collect(policy, task, problems, cursor, config, curve=None):
         cursor = drawn.stop
         mine = drawn[rank::processes]
         if mine:
-            batch = [problem_at(problems, config.seed, i) for i in mine]
             # Randomness is a function of seed and place alone
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
+            batch = [problem_at(problems, config.seed, i) for i in mine]
             records += rollout(policy, task, batch, config, generators, curve)
         found = [any(c.advantage for c in record.completions()) for record in records]
         useful = int(add_up(torch.tensor(sum(found))))
@@ -988,15 +870,15 @@ def statistics(groups):
 def notes(stats, start, tolerance):
     """Plain lines about what people otherwise puzzle over. start: the first step's trace reward;
     tolerance: of the log-probs."""
+    search, aggregation = stats["search"], stats["aggregation"]
     if not stats["useful"]:
-        yield (
-            "no problem has an advantage: in each one all answers are right, or all are wrong "
-            f"({stats['aggregation']['reward']:.0%} are right). Make the task easier or harder"
-        )
-    for role, limit in (("search", "trace"), ("aggregation", "aggregation")):
-        if stats[role]["truncated"] > 0.5:
-            yield f"most {role} completions are cut off: raise --max-{limit}-tokens"
-    if stats["search"]["reward"] < 0.5 * start:
+        right = f"{aggregation['reward']:.0%} of the answers are right"
+        yield f"no problem has an advantage: its answers are all right or all wrong ({right})"
+    if search["truncated"] > 0.5:
+        yield "most traces are cut off: raise --max-trace-tokens"
+    if aggregation["truncated"] > 0.5:
+        yield "most aggregations are cut off: raise --max-aggregation-tokens"
+    if search["reward"] < 0.5 * start:
         yield "the search collapses: lower --search-weight or --lr, or try another --search-credit"
     if stats["logprob_difference"] > tolerance:
         yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token"
@@ -1004,20 +886,17 @@ def notes(stats, start, tolerance):
         yield "loss or gradient is not finite: no step. Lower --lr"
 
 
-def transcript(task, records):
-    """A problem as a person reads it: traces, the best set, its aggregations, and advantages."""
-    record = max(records, key=lambda r: sum(abs(c.advantage) for c in r.completions()))
-    titles, shown = ["trace"] * len(record.search.completions), list(record.search.completions)
+def transcript(task, record):
+    """A problem as a person reads it: traces, the best set's aggregations, and advantages."""
+    shown = [("trace", c) for c in record.search.completions]
     if record.aggregations:
         best = int(rewards_of(record.aggregations).mean(1).argmax())
-        completions = record.aggregations[best].completions
-        titles += [f"aggregation of {(record.sets[best] + 1).tolist()}"] * len(completions)
-        shown += completions
-    lines = [f"problem\n{task.prompt(record.problem)}"]
-    for i, c in enumerate(shown):
-        title = f"{i + 1}. {titles[i]}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}"
-        lines.append(f"{title}\n{c.text}")
-    return "\n".join(line.strip().replace("\n", "\n    ") for line in lines)
+        title = f"aggregation of {(record.sets[best] + 1).tolist()}"
+        shown += [(title, c) for c in record.aggregations[best].completions]
+    text = task.prompt(record.problem)
+    for i, (title, c) in enumerate(shown, 1):
+        text += f"\n{i}. {title}   reward {c.reward:.0f}   advantage {c.advantage:+.3f}\n{c.text}\n"
+    return text
 
 
 # ---- Evaluation ----
@@ -1048,16 +927,15 @@ def recursive_self_aggregation(
     policy, task, problems, config, population=None, steps=1, generator=None
 ):
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
-    members drawn at random. population: [P] Groups to start from, else config.population fresh
+    members drawn at random. population: [P] Groups to start from, else config.eval_traces fresh
     traces that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
-    size, n = config.population, config.set_size
-    history = [population or search(policy, task, problems, config, size, generator, size)]
+    size = config.eval_traces
+    groups = population or search(policy, task, problems, config, size, generator, size)
+    size, history = len(groups[0].completions), [groups]
     for _ in range(steps):
-        size = len(history[0][0].completions)
         orders = torch.rand(len(problems), size, size, generator=generator).argsort(2)
-        sets = orders[:, :, :n]  # [P, size, n]
-        how = history[-1], sets, config, 1, generator
-        answers = aggregate_members(policy, task, problems, *how)  # [P][size] groups of one
+        sets = orders[:, :, : config.set_size]
+        answers = aggregate(policy, task, problems, history[-1], sets, config, 1, generator)
         history.append([Group([], [g.completions[0] for g in groups]) for groups in answers])
     return history
 
@@ -1069,39 +947,35 @@ def solve(policy, task, problem, config, generator=None):
     for step, (group,) in enumerate(recursive_self_aggregation(policy, task, *how)):
         answers = [task.answer(c.text) for c in group.completions]
         votes = collections.Counter(answer or "no answer" for answer in answers).most_common()
-        counts = ",  ".join(f"{n} x {answer}" for answer, n in votes)
-        print(f"{f'aggregation {step}' if step else 'search'}: {counts}")
+        print(f"after {step} aggregations:", ",  ".join(f"{n} x {answer}" for answer, n in votes))
         if majority_vote(answers) is None:
             print(f"one of the texts: {group.completions[0].text}")
     return majority_vote(answers)
 
 
 def evaluate(policy, task, problems, config, generator):
-    """Mean scores of every way to use the policy, at config.temperature. Traces come in lattices of
-    `population`, of which pass@k is the mean; the first one starts the RSA."""
-    n, size, population = config.set_size, config.eval_traces, config.population
-    found = search(policy, task, problems, config, size, generator, population)
+    """Mean scores of every way to use the policy, at config.temperature. The traces of a problem
+    are one lattice, and start the RSA."""
+    n, size = config.set_size, config.eval_traces
+    found = search(policy, task, problems, config, size, generator, size)
     rewards = rewards_of(found)  # [P, S]
-    sets = [torch.arange(size).view(-1, n)] * len(problems)
-    answers = aggregate_members(policy, task, problems, found, sets, config, 1, generator)
+    sets = torch.arange(size).view(1, -1, n).expand(len(problems), -1, -1)  # [P, S / n, n]
+    answers = aggregate(policy, task, problems, found, sets, config, 1, generator)
     answers = rewards_of(sum(answers, []))[:, 0]  # [P S / n]
     hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]: sets without a right trace
     scores = {
         "pass@1": rewards,
-        f"pass@{population}": rewards.view(-1, population).amax(1),
+        f"pass@{size}": rewards.amax(1),
         f"majority@{size}": torch.tensor([vote_reward(task, group.completions) for group in found]),
         f"aggregate@{n}": answers,
         "hopeless sets": hopeless,
         "emergent": answers * hopeless,
     }
-    start = [Group(group.prompt, group.completions[:population]) for group in found]
-    how = config, start, config.rsa_steps, generator
-    history = recursive_self_aggregation(policy, task, problems, *how)
-    for step, groups in enumerate(history[1:], 1):
+    how = config, found, config.rsa_steps, generator
+    for step, groups in enumerate(recursive_self_aggregation(policy, task, problems, *how)):
         scores[f"rsa step {step}"] = rewards_of(groups)
-    stats = statistics(found)
     means = {name: x.float().mean().item() for name, x in scores.items()}
-    return means | {name: stats[name] for name in ("entropy", "length", "truncated")}
+    return means | statistics(found)
 
 
 # ---- Checkpoints: folders in Hugging Face format. Randomness comes from seed and step alone ----
@@ -1127,7 +1001,7 @@ def load_optimizer(optimizer, folder):
     masters, adam = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(adam)
     for master, saved in zip(optimizer.param_groups[0]["params"], masters, strict=True):
-        master.data.copy_(saved)
+        master.copy_(saved)
 
 
 def checkpoints(out):
@@ -1142,28 +1016,13 @@ def resume(config, out):
     AssertionError when the folder holds another run; options not listed here may change."""
     fixed = "algo task data model seed train_problems lora_rank dtype set_size".split()
     run = {name: getattr(config, name) for name in fixed}
-    run["data file"] = zlib.crc32(Path(config.data).read_bytes()) if config.data else 0
     for folder in checkpoints(out):
         state = json.loads((folder / "state.json").read_text())
-        other = [name for name in run if run[name] != state["run"][name]]
-        assert not other, f"{out} holds a run with another {', '.join(other)}: choose another --out"
+        assert state["run"] == run, f"{out} holds another run, {state['run']}: choose another --out"
         print(f"resuming {folder}")
         return folder, state
     curve = torch.zeros(2, config.set_size + 1).tolist()
     return None, {"run": run, "step": 0, "cursor": 0, "metrics_bytes": 0, "curve": curve}
-
-
-def lock(out):
-    """An open file that keeps other processes out of the folder. Raises AssertionError when one is
-    in."""
-    import fcntl  # not on Windows
-
-    file = (out / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise AssertionError(f"{out}: another process is at work there") from None
-    return file
 
 
 # ---- Training ----
@@ -1171,96 +1030,80 @@ def lock(out):
 
 def train_step(policy, optimizer, task, problems, state, config):
     """Rollout and update; `state` moves on. Returns (statistics, records)."""
-    began = time.time()
+    began, step = time.time(), state["step"] + 1
     counts = torch.tensor(state["curve"])  # [2, n + 1] of earlier steps
     prior = torch.linspace(0, 1, config.set_size + 1)  # c / n, which counts as one aggregation
     curve = (counts[0] + prior) / (counts[1] + 1)
     records, useful, cursor = collect(policy, task, problems, state["cursor"], config, curve)
-    sampled, drawn = time.time(), cursor - state["cursor"]
+    drawn = cursor - state["cursor"]
     counts = 0.9 * counts + response_counts(records, config.set_size)
-    step = state["step"] + 1
     state |= {"step": step, "cursor": cursor, "curve": counts.tolist()}
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / 5)
     traces = [record.search for record in records]
     answers = [group for record in records for group in record.aggregations]
     how = traces + answers, max(1, useful), config
-    results = [update(policy, optimizer, *how) for _ in range(config.updates)]
-    stats = results[0] | {"skipped": any(result["skipped"] for result in results)}
+    stats, *_ = [update(policy, optimizer, *how) for _ in range(config.updates)]
     stats |= {"step": step, "drawn": drawn, "useful": useful, "curve": curve.tolist()}
     stats |= {"search": statistics(traces), "aggregation": statistics(answers or traces)}
-    start = state.setdefault("start", stats["search"]["reward"])
     print(
         f"step {step:3d}/{config.steps}  answer {stats['aggregation']['reward']:.3f}  "
-        f"trace {stats['search']['reward']:.3f}  gradient {stats['grad_norm']:.2f}  "
-        f"entropy {stats['search']['entropy']:.2f}  useful {useful}/{drawn}  "
-        f"{sampled - began:.1f}+{time.time() - sampled:.1f}s"
+        f"trace {stats['search']['reward']:.3f}  entropy {stats['search']['entropy']:.2f}  "
+        f"gradient {stats['grad_norm']:.2f}  useful {useful}/{drawn}  {time.time() - began:.1f}s"
     )
+    start = state.setdefault("start", stats["search"]["reward"])
     for note in notes(stats, start, 1e-4 if config.dtype == "float32" else 0.01):
         print(f"  note: {note}")
     return stats, records
 
 
 def train(task, config, out):
-    """The run, from the beginning or from the newest checkpoint in `out`: rollout and update, then
-    the evaluation. Returns the exit code."""
-    writes = world()[0] == 0
+    """The run, from the beginning or from the newest checkpoint in `out`: evaluation, steps of
+    rollout and update, evaluation. Returns the exit code."""
     problems = task.problems("train", config.train_problems, config.seed)
-    longest = max(map(task.prompt, problems), key=len)
-    fits = longest, ["0" * 100] * config.set_size, config.max_prompt_tokens
-    aggregation_prompt(load_tokenizer(config.model)[2], *fits)  # raises if not
-    out.mkdir(parents=True, exist_ok=True)
-    _locked = lock(out) if writes else None  # until it is collected
     folder, state = resume(config, out)
-    policy = load_policy(replace(config, model=str(folder or config.model)))
+    longest = max(map(task.prompt, problems), key=len)
+    policy = load_policy(replace(config, model=str(folder or config.model)), longest)
     optimizer = make_optimizer(policy.model, config.lr)
+    print(f"{config.algo} on {config.task}, into {out}/")
     if folder:
         load_optimizer(optimizer, folder)
+    else:
+        report(policy, task, config, out, "start")
     metrics = open(out / "metrics.jsonl", "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
-    print(f"{config.algo} on {config.task}, into {out}/")
     signals, stop = [], 0
-
-    def ask_to_stop(number, _):
-        if signals:  # the second one ends at once
-            os._exit(128 + number)
-        signals.append(number)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        signal.signal(signal.SIGINT, ask_to_stop)
-        signal.signal(signal.SIGTERM, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     while state["step"] < config.steps and not stop:
         stats, records = train_step(policy, optimizer, task, problems, state, config)
-        if writes:
-            print(json.dumps(stats), file=metrics, flush=True)
-        step, state["metrics_bytes"] = state["step"], metrics.tell()
         stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
-        save = step % config.save_every == 0 or step == config.steps or stop
-        if records and (save or step == 1):
-            print(f"--- step {step} ---\n{transcript(task, records)}")
-        if save and writes:
-            save_checkpoint(out / f"step-{step}", state, policy, optimizer)
+        save = state["step"] % config.save_every == 0 or state["step"] == config.steps or stop
+        if records and save:
+            print(f"--- step {state['step']} ---\n{transcript(task, records[0])}")
+        if world()[0] == 0:
+            print(json.dumps(stats), file=metrics, flush=True)
+            state["metrics_bytes"] = metrics.tell()
+            if save:
+                save_checkpoint(out / f"step-{state['step']}", state, policy, optimizer)
             for old in checkpoints(out)[2:]:
                 shutil.rmtree(old)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
-        print(f"saved after step {step}; the same command goes on from there")
+        print(f"saved after step {state['step']}; the same command goes on from there")
         return 128 + max(signals, default=signal.SIGTERM)
-    if in_main_thread:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if writes and config.eval_problems:
-        report(policy, task, config, out, f"step {state['step']}")
-        del policy, optimizer  # their memory is for the next one
-        report(load_policy(config), task, config, out, "start")
+    report(policy, task, config, out, f"step {state['step']}")
     return 0
 
 
 def report(policy, task, config, out, name):
-    """Evaluates on problems never trained on, as a row of evaluation.jsonl, and prints the rows
-    there. Ctrl-C ends it early, with the problems done by then."""
+    """Evaluates on held-out problems, as a row of evaluation.jsonl, and prints the rows there.
+    Ctrl-C ends it early, with the problems done by then."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.eval_problems:
+        return
     problems = task.problems("test", config.eval_problems, 0)
-    generator = torch.Generator().manual_seed(0)
-    done, sums = 0, collections.Counter()
+    generator, sums, done = torch.Generator().manual_seed(0), collections.Counter(), 0
     try:
         for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):
             part = problems[start : start + 50]
@@ -1268,20 +1111,15 @@ def report(policy, task, config, out, name):
                 sums[key] += score * len(part)
             done += len(part)
     finally:
-        row = {"policy": name, "problems": done}
-        row |= {key: x / done for key, x in sums.items()}
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "evaluation.jsonl"
-        path.touch()
-        rows = map(json.loads, path.read_text().splitlines())
-        rows = [old for old in rows if old["policy"] != name or not done] + [row] * (done > 0)
-        rows.sort(key=lambda row: row["policy"] != "start")  # that one first
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for key in row:
-            cells = [
-                f"{old[key]:.4g}" if key in sums else str(old[key]) for old in rows if key in old
-            ]
-            print(f"{key:<18}" + "".join(f"{cell:>12}" for cell in cells))
+        if done and world()[0] == 0:
+            row = {"policy": name, "problems": done}
+            row |= {key: round(x / done, 4) for key, x in sums.items()}
+            with open(out / "evaluation.jsonl", "a+") as file:
+                print(json.dumps(row), file=file)
+                file.seek(0)
+                rows = [json.loads(line) for line in file]
+            for key in row:
+                print(f"{key:<18}", *[f"{old.get(key, ''):>11}" for old in rows[-6:]])
 
 
 # ---- Command line ----
@@ -1302,9 +1140,11 @@ def parse_config(arguments=None):
 
 
 def run(config):
-    """Returns the exit code."""
+    """Training, an evaluation or an answer, as the config says. Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if dist.get_rank():  # one speaks for all
             sys.stdout = open(os.devnull, "w")
     task = tasks.make_task(config.task, config.data)
@@ -1312,11 +1152,11 @@ def run(config):
     out = Path(config.out or f"runs/{name}-{config.task.partition(':')[0]}-{config.seed}")
     if config.ask:
         problem, generator = task.question(config.ask), torch.Generator().manual_seed(config.seed)
-        print(f"answer: {solve(load_policy(config), task, problem, config, generator)}")
-        return 0
-    if config.steps:
+        print("answer:", solve(load_policy(config), task, problem, config, generator))
+    elif config.steps:
         return train(task, config, out)
-    report(load_policy(config), task, config, out, Path(config.model).name)
+    else:
+        report(load_policy(config), task, config, out, Path(config.model).name)
     return 0
 
 
@@ -1332,7 +1172,7 @@ def main(arguments=None):
         message, code = "interrupted", 130
     except torch.OutOfMemoryError:
         message, code = "out of memory: lower --micro-batch-tokens, --rows or the token limits", 2
-    except (AssertionError, ValueError, OSError, ImportError) as error:
+    except (AssertionError, ValueError, OSError, ImportError, SafetensorError) as error:
         message, code = (str(error).strip() or type(error).__name__).splitlines()[0], 2
     print(f"spiral.py: {message}", file=sys.stderr)
     return code
@@ -1340,7 +1180,6 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     code = main()
-    if "RANK" in os.environ:  # threads of torchrun's libraries can abort a slow end
-        sys.stdout.flush()
-        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(code)
