@@ -17,8 +17,6 @@ rollouts, since none of them is part of the method. Read from top to bottom: pol
 advantages, update, rollout, evaluation, run.
 """
 
-import collections
-import functools
 import inspect
 import itertools
 import json
@@ -30,7 +28,10 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from math import comb
 from pathlib import Path
 from typing import Literal
 
@@ -143,8 +144,8 @@ class HubTokenizer:
         except Exception as error:  # a template is somebody else's program
             raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
         assert heard, f"{path}: its chat template leaves out the user's message"
-        self.encode = functools.partial(self.hf.encode, add_special_tokens=False)
-        self.decode = functools.partial(self.hf.decode, skip_special_tokens=True)
+        self.encode = partial(self.hf.encode, add_special_tokens=False)
+        self.decode = partial(self.hf.decode, skip_special_tokens=True)
         added = self.hf.added_tokens_decoder.values()
         self.markers = [x.content for x in added if x.special and x.content.strip()]
 
@@ -215,12 +216,11 @@ def load_policy(config, question=""):
     return Policy(model, tokenizer, Memory(model, config.rows, config.max_prompt_tokens, longest))
 
 
-def attention(module, query, key, value, mask, scaling=None, attend=None, **kwargs):
+def attention(module, query, key, value, mask, scaling, attend, **kwargs):
     """What transformers calls in every layer: queries [B, H, T, D], keys and values [B, kv, T, D]
     -> [B, T, H, D]. It hands the argument `attend` of the model's forward through to here: prefill,
     decoding and update differ only in how (scaled) queries find their keys."""
-    scaled = query * (scaling or query.shape[-1] ** -0.5)
-    return attend(module.layer_idx, scaled, key, value), None
+    return attend(module.layer_idx, query * scaling, key, value), None
 
 
 AttentionInterface.register("spiral", attention)  # a name for transformers, nothing more
@@ -293,13 +293,13 @@ def draw_codes(num_samples, generator=None, lattice=1):
     shape = num_samples // lattice, lattice
     order = torch.rand(shape, generator=generator).argsort(1)
     shifts = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64)
-    return ((order + shifts) / lattice).flatten()
+    return ((order + shifts) / lattice).view(num_samples)
 
 
 def draw_tokens(logits, codes):
-    """Sample by inverting the CDF: logits [B, V] fp32, codes [B] fp64 uniform in [0, 1) -> tokens,
-    their log-probs, and what is left of the codes, all [B]: where in its token's slice of the CDF
-    each one fell, which is uniform again, whatever the token."""
+    """Sample by inverting the CDF: logits [B, V] fp32, codes [B] fp64 uniform in [0, 1) -> [3, B]
+    fp64: tokens, their log-probs, and what is left of the codes: where in its token's slice of the
+    CDF each one fell, which is uniform again, whatever the token."""
     logprobs = logits.log_softmax(-1)  # [B, V]
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
     targets = (codes * cdf[:, -1])[:, None]
@@ -307,7 +307,7 @@ def draw_tokens(logits, codes):
     logprob = logprobs.gather(-1, tokens)
     above, width = cdf.gather(-1, tokens) - targets, logprob.exp()  # slice: above the code, in all
     left = (1 - above / width).clamp(0, 1 - 2**-53)
-    return tokens[:, 0], logprob[:, 0], left[:, 0]
+    return torch.cat([tokens, logprob, left], 1).T
 
 
 def prefill(policy, prompts, first):
@@ -342,7 +342,7 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
         code = row.code if row.chance * lattice > 1 else row.random.random()
         inputs.append([last, step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
-    columns = int(inputs[2].max()) or 1, int(inputs[1].max()) + 1  # in use: of prompts, of rows
+    columns = int(inputs[2].max()), int(inputs[1].max()) + 1  # in use: of prompts, of rows
     step = replay if policy.memory.pool else decode_step
     outputs = step(policy, inputs, (len(held), *columns, places), temperature)
     for row, (token, logprob, row.code) in zip(active, outputs.T.tolist(), strict=True):
@@ -363,7 +363,7 @@ def decode_step(policy, inputs, shape, temperature):
     attend = decode_attention(held, own, slots, places, lengths, steps)
     hidden = hidden_states(policy.model, tokens[:, None], attend, (lengths + steps)[:, None])
     logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
-    return torch.stack([x.double() for x in draw_tokens(logits, inputs[4])])
+    return draw_tokens(logits, inputs[4])
 
 
 def decode_attention(prompts, own, slots, places, lengths, steps):
@@ -407,7 +407,7 @@ def replay(policy, inputs, shape, temperature):
     padded[3] = -1  # the last slot
     padded[:, :rows] = inputs
     key = size, *shape, places, temperature
-    step = functools.partial(decode_step, policy, shape=key[1:5], temperature=temperature)
+    step = partial(decode_step, policy, shape=key[1:5], temperature=temperature)
     if key not in memory.graphs and len(memory.graphs) < 128:  # some 20 MB each
         graph = torch.cuda.make_graphed_callables(step, (padded.clone(),), pool=memory.pool)
         memory.graphs[key] = graph
@@ -436,17 +436,16 @@ def sample(
     AssertionError for an empty prompt, and for what memory doesn't hold."""
     memory = policy.memory
     places, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is nobody's
-    assert prompts and all(prompts), "sample needs at least one prompt, and a token in each"
-    assert num_samples % lattice == 0, f"{num_samples} samples are not whole lattices of {lattice}"
-    fits = max(map(len, prompts)) <= memory.prompts.shape[4] and num_samples <= rows
-    fits = fits and max_new_tokens <= memory.own.shape[4]
+    lengths, columns = [len(prompt) for prompt in prompts], memory.prompts.shape[4]
+    assert min(lengths, default=0) > 0, "sample needs at least one prompt, and a token in each"
+    fits = max(lengths) <= columns and max_new_tokens <= memory.own.shape[4] and num_samples <= rows
     assert fits, "memory is too small: raise --max-prompt-tokens or --rows"
     generators, results = generator if isinstance(generator, list) else [generator], []
     for i in range(len(prompts)):
         source = generators[i * len(generators) // len(prompts)]
         codes = draw_codes(num_samples, source, lattice).tolist()
         results.append([Completion(i, j, x, random.Random(x)) for j, x in enumerate(codes)])
-    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest go first
+    waiting = sorted(range(len(prompts)), key=lambda i: -lengths[i])  # the longest go first
     active, held = [], []
     progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
     while waiting or active:
@@ -484,7 +483,7 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
         orders = [torch.randperm(num_traces, generator=generator) for _ in range(total // used)]
         sets = torch.stack(orders)[:, :used].reshape(num_sets, set_size)
         distinct = {frozenset(members) for members in sets.tolist()}
-        if len(distinct) == num_sets and all(len(members) == set_size for members in distinct):
+        if sum(map(len, distinct)) == total:
             return sets
     what = f"{'balanced ' * balanced}sets of {set_size} of {num_traces} traces"
     raise ValueError(f"no {num_sets} distinct {what}: change the numbers or --balanced")
@@ -537,7 +536,7 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
     against_others = from_mean * num_sets / (num_sets - 1)  # [P, K] A_set(k)
     # p: of the other sets, R - 1 of K - 1 hold j if balanced (R = K n / N1); else, of all C(N1, n),
     # C(N1 - 1, n - 1) - 1 of C(N1, n) - 1, which is the same with C(N1, n) in K's place
-    every = num_sets if balanced else math.comb(num_traces, set_size)
+    every = num_sets if balanced else comb(num_traces, set_size)
     p = (every * set_size / num_traces - 1) / (every - 1)
     return (against_others[:, :, None] * member).sum(1) / (num_sets * (1 - p))
 
@@ -545,11 +544,10 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
 def aggregation_advantages(rewards, published=False):
     """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2].
     published: r_km - mean_m r_km."""
-    from_mean = rewards - rewards.mean(-1, keepdim=True)
-    if published:
-        return from_mean
     _, num_sets, many = rewards.shape
-    return from_mean * many / (many - 1) / (num_sets * many)  # leaving one out, and the scale
+    from_mean = rewards - rewards.mean(-1, keepdim=True)
+    # Leaving one out is N2 / (N2 - 1) times as far from the mean; N2 is then in the scale as well
+    return from_mean if published else from_mean / (num_sets * (many - 1))
 
 
 def grpo_advantages(rewards):
@@ -570,14 +568,14 @@ def curve_advantages(trace_rewards, curve, set_size):
     right = trace_rewards.long()
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
-    def mean_score(m, size, curve):
-        """Of all sets of `size` others, m of all of which are right: hypergeometric."""
-        ways = [math.comb(m, c) * math.comb(others - m, size - c) for c in range(size + 1)]
-        return torch.tensor(ways) / math.comb(others, size) @ curve[: size + 1]
+    def mean_score(m, size, r):
+        """Of a trace of reward r with all sets of `size` others, m of all of which are right."""
+        ways = [comb(m, c) * comb(others - m, size - c) for c in range(size + 1)]
+        return torch.tensor(ways) / sum(ways) @ curve[r : r + size + 1]
 
     credit = torch.zeros(2, others + 1)  # by the trace's reward, and right ones of the others
     for r, m in itertools.product(range(2), range(others + 1)):
-        in_it, out_of_it = mean_score(m, set_size - 1, curve[r:]), mean_score(m, set_size, curve)
+        in_it, out_of_it = mean_score(m, set_size - 1, r), mean_score(m, set_size, 0)
         credit[r, m] = set_size / (others + 1) * (in_it - out_of_it)
     return credit[right, right_others]
 
@@ -619,7 +617,7 @@ def group_attention(sizes, bias, layer, query, key, value):
     """The `attend` of a flat sequence [1, H, M, D] -> [1, M, H, D]: a prompt, then completions, of
     these sizes. Each completion sees the prompt, and itself up to its place, as bias says."""
     prompt, *completions = zip(*[x.split(sizes, 2) for x in (query, key, value)], strict=True)
-    out = [causal_attention(layer, *prompt)] if sizes[0] else []
+    out = [causal_attention(layer, *prompt)]
     for query, key, value in completions:
         keys = torch.cat([prompt[1], key], 2)  # [1, kv, L + T, D]
         values = torch.cat([prompt[2], value], 2)
@@ -637,7 +635,7 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
         return logprobs.gather(-1, targets[:, None])[:, 0]
 
     size = 1 + chunk_elements // len(model.get_output_embeddings().weight)
-    recomputed = functools.partial(checkpoint, chunk_logprobs, use_reentrant=False)
+    recomputed = partial(checkpoint, chunk_logprobs, use_reentrant=False)
     return torch.cat([*map(recomputed, hidden.split(size), targets.split(size))])
 
 
@@ -660,7 +658,7 @@ def completion_logprobs(model, group, temperature):
     targets, old, advantages = torch.tensor(sampled, device=model.device, dtype=torch.float64).T
     longest = max(sizes[1:])
     bias = flat.new_full((longest, start + longest), -math.inf, dtype=model.dtype)
-    attend = functools.partial(group_attention, sizes, bias.triu(start + 1))
+    attend = partial(group_attention, sizes, bias.triu(start + 1))
     hidden = hidden_states(model, flat[0], attend, flat[1])[0, start:]  # [N, d]
     logprobs = token_logprobs(model, hidden, targets.long(), temperature)
     return logprobs, old.float(), advantages.float()
@@ -698,7 +696,7 @@ def make_optimizer(model, lr):
 def update(policy, optimizer, groups, num_problems, config):
     """One optimizer step on the mean over problems of the estimate -> a dict of numbers.
     num_problems, over all processes, is the one denominator: micro-batches don't change the
-    gradient. NaN or inf never reaches the weights: then there is no step, and zeros."""
+    gradient. NaN or inf never reaches the weights: then there is no step."""
     masters = optimizer.param_groups[0]["params"]
     for master in masters:
         master.grad = torch.zeros_like(master)
@@ -714,9 +712,7 @@ def update(policy, optimizer, groups, num_problems, config):
         add_up(master.grad)
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
     finite = math.isfinite(norm + loss)
-    if not finite:
-        loss = norm = distance = 0.0
-    elif tokens:
+    if finite and tokens:
         optimizer.step()
     optimizer.zero_grad()
     away = distance / max(tokens, 1)
@@ -815,7 +811,7 @@ def rollout(policy, task, problems, config, generators, curve):
 def problem_at(problems, seed, i):
     """The i-th problem of an endless stream, shuffled anew each time through."""
     epoch, place = divmod(i, len(problems))
-    return problems[np.random.default_rng((seed, epoch)).permutation(len(problems))[place]]
+    return random.Random(f"{seed} {epoch}").sample(problems, len(problems))[place]
 
 
 def collect(policy, task, problems, cursor, config, curve):
@@ -867,9 +863,8 @@ def statistics(groups):
     }
 
 
-def notes(stats, start, tolerance):
-    """Plain lines about what people otherwise puzzle over. start: the first step's trace reward;
-    tolerance: of the log-probs."""
+def notes(stats, start):
+    """Plain lines about what people otherwise puzzle over. start: the first step's trace reward."""
     search, aggregation = stats["search"], stats["aggregation"]
     if not stats["useful"]:
         right = f"{aggregation['reward']:.0%} of the answers are right"
@@ -880,7 +875,7 @@ def notes(stats, start, tolerance):
         yield "most aggregations are cut off: raise --max-aggregation-tokens"
     if search["reward"] < 0.5 * start:
         yield "the search collapses: lower --search-weight or --lr, or try another --search-credit"
-    if stats["logprob_difference"] > tolerance:
+    if stats["logprob_difference"] > 0.01:
         yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token"
     if stats["skipped"]:
         yield "loss or gradient is not finite: no step. Lower --lr"
@@ -907,12 +902,12 @@ def pass_at_k(num_samples, num_correct, k):
     2107.03374). Raises ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
-    votes = collections.Counter(answer for answer in answers if answer is not None)
+    votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
 
@@ -946,8 +941,8 @@ def solve(policy, task, problem, config, generator=None):
     how = [problem], config, None, config.rsa_steps, generator
     for step, (group,) in enumerate(recursive_self_aggregation(policy, task, *how)):
         answers = [task.answer(c.text) for c in group.completions]
-        votes = collections.Counter(answer or "no answer" for answer in answers).most_common()
-        print(f"after {step} aggregations:", ",  ".join(f"{n} x {answer}" for answer, n in votes))
+        votes = Counter(answer or "no answer" for answer in answers)
+        print(f"votes after {step} aggregations: {dict(votes.most_common())}")
         if majority_vote(answers) is None:
             print(f"one of the texts: {group.completions[0].text}")
     return majority_vote(answers)
@@ -1050,8 +1045,7 @@ def train_step(policy, optimizer, task, problems, state, config):
         f"trace {stats['search']['reward']:.3f}  entropy {stats['search']['entropy']:.2f}  "
         f"gradient {stats['grad_norm']:.2f}  useful {useful}/{drawn}  {time.time() - began:.1f}s"
     )
-    start = state.setdefault("start", stats["search"]["reward"])
-    for note in notes(stats, start, 1e-4 if config.dtype == "float32" else 0.01):
+    for note in notes(stats, state.setdefault("start", stats["search"]["reward"])):
         print(f"  note: {note}")
     return stats, records
 
@@ -1074,19 +1068,21 @@ def train(task, config, out):
     signals, stop = [], 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
-    while state["step"] < config.steps and not stop:
+    for step in range(state["step"] + 1, config.steps + 1):
         stats, records = train_step(policy, optimizer, task, problems, state, config)
         stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
-        save = state["step"] % config.save_every == 0 or state["step"] == config.steps or stop
+        save = step % config.save_every == 0 or step == config.steps or stop
         if records and save:
-            print(f"--- step {state['step']} ---\n{transcript(task, records[0])}")
+            print(f"--- step {step} ---\n{transcript(task, records[0])}")
         if world()[0] == 0:
             print(json.dumps(stats), file=metrics, flush=True)
             state["metrics_bytes"] = metrics.tell()
             if save:
-                save_checkpoint(out / f"step-{state['step']}", state, policy, optimizer)
+                save_checkpoint(out / f"step-{step}", state, policy, optimizer)
             for old in checkpoints(out)[2:]:
                 shutil.rmtree(old)
+        if stop:
+            break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
@@ -1103,7 +1099,7 @@ def report(policy, task, config, out, name):
     if not config.eval_problems:
         return
     problems = task.problems("test", config.eval_problems, 0)
-    generator, sums, done = torch.Generator().manual_seed(0), collections.Counter(), 0
+    generator, sums, done = torch.Generator().manual_seed(0), Counter(), 0
     try:
         for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):
             part = problems[start : start + 50]
@@ -1114,10 +1110,9 @@ def report(policy, task, config, out, name):
         if done and world()[0] == 0:
             row = {"policy": name, "problems": done}
             row |= {key: round(x / done, 4) for key, x in sums.items()}
-            with open(out / "evaluation.jsonl", "a+") as file:
+            with open(out / "evaluation.jsonl", "a") as file:
                 print(json.dumps(row), file=file)
-                file.seek(0)
-                rows = [json.loads(line) for line in file]
+            rows = [json.loads(line) for line in open(out / "evaluation.jsonl")]
             for key in row:
                 print(f"{key:<18}", *[f"{old.get(key, ''):>11}" for old in rows[-6:]])
 

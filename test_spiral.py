@@ -1,6 +1,5 @@
 """The invariants of spiral.py and tasks.py, in their order. No network, no GPU:  pytest -q"""
 
-import contextlib
 import functools
 import io
 import itertools
@@ -337,11 +336,11 @@ def test_a_prompt_runs_once_and_finished_rows_make_room(spy):
         spy(spiral, "decode_step"),
     )
     prompts = [[i + 1, i + 2, 3 * i + 1, 7] for i in range(18)]
-    assert_exact(policy, sample(policy, prompts=prompts, count=3), prompts=prompts)
+    assert_exact(policy, sample(policy, 1, prompts, heat=4.0, count=3), 4.0, prompts)
     assert sorted(prompt for call in prefills for prompt in call[1]) == prompts
     rows = max(inputs.shape[1] for _, inputs, _, _ in steps)
     held = max(shape[0] for _, _, shape, _ in steps)
-    assert (rows, held) == (12, 4) and len(steps) < 18 / 4 * 16 - 2
+    assert (rows, held) == (12, 4) and len(steps) < 18 / 4 * 16
 
 
 def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
@@ -414,7 +413,6 @@ REFUSED_CALLS = [
     {"prompts": [[1] * 13]},
     {"tokens": 101},
     {"count": 21},
-    {"lattice": 3},
 ]
 
 
@@ -908,7 +906,7 @@ def test_solve_votes_and_shows_a_text_when_nothing_parses(monkeypatch, capsys):
     config = spiral.Config(set_size=2, eval_traces=4, rsa_steps=1)
     assert spiral.solve(None, ARITHMETIC, None, config, seeded()) == "3"
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("4 x no answer", "texts: ?", "2 x 3", "1 x 2"))
+    assert all(part in printed for part in ("'no answer': 4", "texts: ?", "'3': 2", "'2': 1"))
 
 
 def test_self_aggregation_aggregates_members_of_the_step_before(monkeypatch):
@@ -1185,14 +1183,14 @@ SICK = {
     "cut off.*--max-trace-tokens": {"search": {"reward": 0.25, "truncated": 0.6}},
     "cut off.*--max-aggregation-tokens": {"aggregation": {"truncated": 0.6}},
     "collapse": {"search": {"reward": 0.1, "truncated": 0.0}},
-    "disagree": {"logprob_difference": 0.01},
+    "disagree": {"logprob_difference": 0.02},
     "not finite": {"skipped": True},
 }
 
 
 @each("words", SICK)
 def test_notes_name_what_is_wrong_and_nothing_else(words):
-    lines = list(spiral.notes(HEALTHY | SICK[words], 0.25, 1e-4))
+    lines = list(spiral.notes(HEALTHY | SICK[words], 0.25))
     assert len(lines) == bool(words) and re.search(words, "".join(lines))
 
 
