@@ -10,11 +10,10 @@ Only these are rewarded (r_km, by the task's verifier). The objective, and its g
 
     python spiral.py                      # the tiny policy learns countdown, on a laptop
     python spiral.py --algo grpo          # the baseline, as many completions
-    python spiral.py --model runs/spiral-countdown-0/step-30 --steps 0    # evaluate a checkpoint
+    python spiral.py --model runs/spiral-countdown-0/step-00030 --steps 0    # evaluate a checkpoint
 
-Simplified on purpose: no critic, no reward model, no KL term, no paged cache, no asynchronous
-rollouts, since none of them is part of the method. Read from top to bottom: policy, sampler, sets,
-advantages, update, rollout, evaluation, run.
+Simplified on purpose: no critic, reward model, KL term, paged cache or asynchronous rollouts, since
+none is part of the method. Read on: policy, sampler, sets, advantages, update, rollout, evaluation.
 """
 
 import inspect
@@ -102,8 +101,7 @@ class Config:
             if type(x) in (int, float):
                 fine = 0 <= x < 2**31 and (x or name in may_be_0.split())
                 assert fine, f"--{name.replace('_', '-')} {x}: out of range"
-        several = min(self.num_sets, self.num_aggregations) > 1
-        assert several, "--num-sets, --num-aggregations: a baseline takes 2 or more"
+        assert min(self.num_sets, self.num_aggregations) > 1, "--num-sets, --num-aggregations: 1"
         draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
         assert self.set_size < self.num_traces, "--set-size must be below --num-traces"
         assert self.eval_traces % self.set_size == 0, "--eval-traces: not a multiple of --set-size"
@@ -127,6 +125,9 @@ def add_up(tensor):
 # ---- Policy: a causal language model. Both roles share it; only the prompt differs ----
 
 TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
+CHECKPOINTS = "step-" + "[0-9]" * 5  # a pattern of their names
+# Models whose attention is causal and nothing else. Another one: add its type here and to the tests
+PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
 
 
 class HubTokenizer:
@@ -167,14 +168,9 @@ class Policy:
     memory: object  # of `sample`: a Memory
 
 
-# Their attention is causal and nothing else. Another model: add its type here, and to the tests
-PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
-
-
 def load_policy(config, question=""):
-    """The policy that config.model names, with its adapters or all its weights trainable. Raises,
-    before it loads them, when they don't suit us, or when no aggregation prompt of the question
-    would fit."""
+    """The policy that config.model names, its adapters or all weights trainable. Raises, before
+    weights are loaded, if it doesn't suit us, or if no aggregation prompt of `question` fits."""
     path = TINY if config.model == "tiny" else config.model
     path = os.path.abspath(path) if os.path.isdir(path) else path  # adapters remember it
     base, adapters = path, Path(path) / "adapter_config.json"
@@ -188,27 +184,21 @@ def load_policy(config, question=""):
     plain = text.model_type in PLAIN and not getattr(text, "sliding_window", None)
     assert plain, f"{path}: {text.model_type} attention is not known to be plain and causal"
     longest = max(config.max_trace_tokens, config.max_aggregation_tokens)
-    most = text.max_position_embeddings
-    assert config.max_prompt_tokens + longest <= most, f"prompt and completion exceed {most} tokens"
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation="spiral",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    fits = config.max_prompt_tokens + longest <= text.max_position_embeddings
+    assert fits, f"prompt and completion exceed {text.max_position_embeddings} tokens"
+    how = {"attn_implementation": "spiral", "use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **how)
     if config.lora_rank and not adapters.exists():
         from peft import LoraConfig
 
         torch.manual_seed(config.seed)  # the same adapters in every process
-        rank, alpha = config.lora_rank, 2 * config.lora_rank
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
+        rank = config.lora_rank
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         # Views into a file are aligned otherwise than fresh memory, and then round otherwise
         parameter.data = parameter.data.clone()
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
-    # For good: no dropout
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # eval for good: no dropout
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
@@ -217,9 +207,9 @@ def load_policy(config, question=""):
 
 
 def attention(module, query, key, value, mask, scaling, attend, **kwargs):
-    """What transformers calls in every layer: queries [B, H, T, D], keys and values [B, kv, T, D]
-    -> [B, T, H, D]. It hands the argument `attend` of the model's forward through to here: prefill,
-    decoding and update differ only in how (scaled) queries find their keys."""
+    """What transformers calls in every layer: queries [B, H, T, D], keys, values [B, kv, T, D] ->
+    [B, T, H, D]. `attend` is handed through from the model's forward: prefill, decoding and update
+    differ only in how (scaled) queries find their keys."""
     return attend(module.layer_idx, query * scaling, key, value), None
 
 
@@ -244,8 +234,8 @@ def head(model, hidden, temperature):
     return model.get_output_embeddings()(hidden).float() / max(temperature, 1e-6)
 
 
-# ---- Sampler: Python decides which rows run, tensors compute. Each prompt is prefilled and held
-# once, all rows decode together, and finished rows make room for waiting prompts ----
+# ---- Sampler: each prompt is prefilled and held once, all rows decode together, and finished rows
+# make room for waiting prompts. Python decides which rows run, tensors compute ----
 
 
 @dataclass
@@ -255,7 +245,7 @@ class Completion:
     prompt: int  # which one of the call
     place: int  # among the prompt's completions
     code: float  # see draw_codes()
-    random: object = field(default=None, compare=False)  # random.Random(code)
+    random: object = field(compare=False)  # random.Random(code)
     chance: float = 1.0  # of the tokens so far
     tokens: list = field(default_factory=list)  # up to and including EOS
     logprobs: list = field(default_factory=list)  # of the tokens, at the sampling temperature
@@ -274,22 +264,20 @@ class Memory:
         queries = settings.num_attention_heads
         heads = getattr(settings, "num_key_value_heads", queries)
         width = getattr(settings, "head_dim", settings.hidden_size // queries)
-        size = settings.num_hidden_layers, 2, rows, heads, new_tokens, width  # 2: keys, values
-        self.own = torch.zeros(size, dtype=model.dtype, device=model.device)
-        size = *size[:2], rows // 4 + 2, heads, prompt_tokens, width  # one prompt is nobody's
-        self.prompts = self.own.new_zeros(size)
+        pairs = settings.num_hidden_layers, 2  # keys, values
+        zeros = partial(torch.zeros, *pairs, dtype=model.dtype, device=model.device)
+        self.own = zeros(rows, heads, new_tokens, width)
+        self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
         self.graphs = {}  # their scratch memory is shared:
         self.pool = torch.cuda.graph_pool_handle() if self.own.is_cuda else None
 
 
 def draw_codes(num_samples, generator=None, lattice=1):
-    """Codes [num_samples] fp64 of a prompt's completions. Those of a lattice are (i + shift) /
-    lattice in random order, one shift for all: each is uniform in [0, 1), together they spread over
-    the CDF (QuasiMoTTo, arXiv 2607.01179). A lattice of 1: independent ones.
-
-    A token takes the slice of the CDF that its row's code lies in; what is left of the code, scaled
-    to [0, 1), is the code of the next token, as long as another code of the lattice may have come
-    along the same tokens. From there on each token takes a fresh uniform."""
+    """Codes [num_samples] fp64 of a prompt's completions, each uniform in [0, 1). Those of a
+    lattice, (i + shift) / lattice in random order, spread over the CDF (QuasiMoTTo, arXiv
+    2607.01179). A token takes the slice of the CDF that its row's code lies in. What is left of the
+    code, scaled to [0, 1), is the code of the next token, as long as another of the lattice may
+    have come along the same tokens; from there on each token takes a fresh uniform."""
     shape = num_samples // lattice, lattice
     order = torch.rand(shape, generator=generator).argsort(1)
     shifts = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64)
@@ -297,9 +285,8 @@ def draw_codes(num_samples, generator=None, lattice=1):
 
 
 def draw_tokens(logits, codes):
-    """Sample by inverting the CDF: logits [B, V] fp32, codes [B] fp64 uniform in [0, 1) -> [3, B]
-    fp64: tokens, their log-probs, and what is left of the codes: where in its token's slice of the
-    CDF each one fell, which is uniform again, whatever the token."""
+    """Inverts the CDF: logits [B, V] fp32, codes [B] fp64 in [0, 1) -> [3, B] fp64: tokens, their
+    log-probs, what is left of the codes: where in its token's slice each fell, uniform again."""
     logprobs = logits.log_softmax(-1)  # [B, V]
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
     targets = (codes * cdf[:, -1])[:, None]
@@ -322,11 +309,6 @@ def prefill(policy, prompts, first):
         return causal_attention(layer, query, key, value)  # pads come last: unseen
 
     hidden_states(policy.model, tokens, attend)
-
-
-# A decoding step: row b of B has keys and values of its own, own[b], and those of its prompt,
-# prompts[u], where u is the prompt's place in memory. For attention the rows wait in a grid [U,
-# places], in slot u * places + place: so each prompt is read once for all of its rows.
 
 
 def decode(policy, active, held, prompts, places, temperature, lattice):
@@ -354,8 +336,8 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
 
 def decode_step(policy, inputs, shape, temperature):
     """inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in memory, slot, code ->
-    [3, B] fp64: token, log-prob, what is left of the code. shape: how many prompts, columns of
-    prompts, columns of rows, and places to read. Looks at no value: it can be a CUDA graph."""
+    what draw_tokens() gives. shape: prompts, their columns, columns of rows, places to read. Looks
+    at no value: it can be a CUDA graph."""
     prompts, prompt_columns, own_columns, places = shape
     tokens, steps, lengths, slots = inputs[:4].long()
     held = policy.memory.prompts[:, :, :prompts, :, :prompt_columns]
@@ -368,8 +350,9 @@ def decode_step(policy, inputs, shape, temperature):
 
 def decode_attention(prompts, own, slots, places, lengths, steps):
     """The `attend` of one query a row, [B, H, 1, D] -> [B, 1, H, D]. prompts [layers, 2, U, kv, L,
-    D] and own [layers, 2, B, kv, T, D] are keys and values; new ones go to column steps [B] of own.
-    A row sees the first lengths [B] columns of its prompt, and its own up to the new one."""
+    D] and own [layers, 2, B, kv, T, D] are keys and values; new ones go to columns steps [B] of
+    own. Row b sees lengths[b] columns of its prompt, and its own up to the new one. To read each
+    prompt once for all of its rows, they wait in a grid [U, places], in slots[b]."""
     sizes = prompts.shape[4], own.shape[4]  # L, T
     rows = torch.arange(len(slots), device=slots.device)
     column, start = torch.arange(sum(sizes), device=slots.device), sizes[0]
@@ -398,9 +381,8 @@ def decode_attention(prompts, own, slots, places, lengths, steps):
 
 
 def replay(policy, inputs, shape, temperature):
-    """decode_step as a CUDA graph, of numbers rounded up to powers of two: few graphs. Rows added
-    by that decode garbage in the last slot, of a prompt that no other row has. Weights change in
-    place: a graph stays valid."""
+    """decode_step as a CUDA graph. Sizes are rounded up to powers of two: few graphs; the rows that
+    this adds decode garbage in the last slot, of a prompt that nobody has."""
     memory, (prompts, *columns, places), rows = policy.memory, shape, inputs.shape[1]
     size, *shape = [1 << (n - 1).bit_length() for n in (rows, prompts + 1, *columns)]
     padded = inputs.new_zeros(5, memory.own.shape[2])[:, :size]
@@ -429,11 +411,9 @@ def sample(
     policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, lattice=1
 ):
     """`num_samples` completions of each prompt (a list of token lists) -> [prompts][num_samples]
-    Completions. What is sampled doesn't depend on the batch.
-
-    temperature 0 is greedy. generator: one, or a list of them, each for an equal part of the
-    prompts. lattice: so many of a prompt's completions share a lattice of codes. Raises
-    AssertionError for an empty prompt, and for what memory doesn't hold."""
+    Completions, whatever the batch. temperature 0 is greedy. generator: one, or a list of them,
+    each for an equal part of the prompts. lattice: so many of a prompt's completions share one.
+    Raises AssertionError for an empty prompt, and for what memory doesn't hold."""
     memory = policy.memory
     places, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is nobody's
     lengths, columns = [len(prompt) for prompt in prompts], memory.prompts.shape[4]
@@ -472,11 +452,9 @@ def sample(
 
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
-    order. Uniform without replacement, or balanced: each trace in K n / N1 sets. Raises ValueError
-    when there are no such sets, or none are found."""
-    # Balanced: whole permutations, one after the other, are cut into sets. Else each set is the
-    # beginning of a permutation. What isn't distinct is drawn again, all of it: so every choice of
-    # sets is equally likely
+    order; if balanced, each trace in K n / N1 of them. Raises ValueError when it finds none."""
+    # Balanced: whole permutations in a row, cut into sets. Else a set is a permutation's beginning.
+    # What isn't distinct is drawn again as a whole: so every choice of sets is equally likely
     total, used = num_sets * set_size, num_traces if balanced else set_size
     possible = set_size <= num_traces and total % used == 0
     for _ in range(1000 * possible):
@@ -485,13 +463,12 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
         distinct = {frozenset(members) for members in sets.tolist()}
         if sum(map(len, distinct)) == total:
             return sets
-    what = f"{'balanced ' * balanced}sets of {set_size} of {num_traces} traces"
-    raise ValueError(f"no {num_sets} distinct {what}: change the numbers or --balanced")
+    kind = "balanced" if balanced else "distinct"
+    raise ValueError(f"no {num_sets} {kind} sets of {set_size} of {num_traces} traces found")
 
 
 def neutralise(text, markers):
-    """Sampled text made harmless: it can't close its candidate, open another, or write a special
-    token."""
+    """Sampled text that can close no candidate, open none, and write no special token."""
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
     # What comes instead is in no marker: else pieces around it could become one
     return re.sub("|".join(map(re.escape, markers)) or "$^", "\ufffd", text)
@@ -499,8 +476,8 @@ def neutralise(text, markers):
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens`
-    (0: no limit) the longest candidates lose their beginnings, since answers come last, and short
-    ones stay whole. Raises AssertionError when the problem leaves no room."""
+    (0: no limit) the longest candidates lose their beginnings, since answers come last. Raises
+    AssertionError when the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     bodies = [tokenizer.encode(text) for text in texts]
     most = max(map(len, bodies))  # tokens of a candidate
@@ -558,36 +535,34 @@ def grpo_advantages(rewards):
 
 def curve_advantages(trace_rewards, curve, set_size):
     """Set credit without its noise (paper.md section 7): trace_rewards [P, N1] of 0 and 1, a
-    response curve [n + 1] -> [P, N1]; needs N1 > n.
-
-    curve[c] is how often an aggregation is right when c of the n candidates are. It gives all C(N1,
-    n) sets a score for nothing. A trace gets n / N1 times the mean score of the sets that hold it
-    minus that of the others. Curve c / n makes this grpo_advantages, a step at 1 the leave-one-out
-    gradient of pass@n."""
-    others = trace_rewards.shape[1] - 1
-    right = trace_rewards.long()
+    response curve [n + 1] -> [P, N1]. curve[c], how often an aggregation is right when c of the n
+    candidates are, gives all C(N1, n) sets a score for nothing. A trace gets n / N1 times the mean
+    score of the sets that hold it minus that of the others. Curve c / n makes this grpo_advantages,
+    a step at 1 the leave-one-out gradient of pass@n."""
+    many, right = trace_rewards.shape[1], trace_rewards.long()
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
     def mean_score(m, size, r):
         """Of a trace of reward r with all sets of `size` others, m of all of which are right."""
-        ways = [comb(m, c) * comb(others - m, size - c) for c in range(size + 1)]
+        ways = [comb(m, c) * comb(many - 1 - m, size - c) for c in range(size + 1)]
         return torch.tensor(ways) / sum(ways) @ curve[r : r + size + 1]
 
-    credit = torch.zeros(2, others + 1)  # by the trace's reward, and right ones of the others
-    for r, m in itertools.product(range(2), range(others + 1)):
+    credit = torch.zeros(2, many)  # by the trace's reward, and right ones of the others
+    for r, m in itertools.product(range(2), range(many)):
         in_it, out_of_it = mean_score(m, set_size - 1, r), mean_score(m, set_size, 0)
-        credit[r, m] = set_size / (others + 1) * (in_it - out_of_it)
+        credit[r, m] = set_size / many * (in_it - out_of_it)
     return credit[right, right_others]
 
 
 def search_credit(config, trace_rewards, rewards, sets, curve):
     """a_j [P, N1], as --search-credit says. set: the paper's, by aggregations alone. The others ask
-    the verifier about traces, and differ in the curve: trace, as GRPO would; pass, for pass@n;
-    curve, what the aggregator makes of them, measured in earlier rollouts."""
+    the verifier about traces: trace, as GRPO would; pass, for pass@n; curve, for what the
+    aggregator makes of them, measured in earlier rollouts."""
     n, kind = config.set_size, config.search_credit
     if kind == "set":
-        how = config.num_traces, config.balanced, config.published
-        return search_advantages(rewards, sets, *how)
+        return search_advantages(
+            rewards, sets, config.num_traces, config.balanced, config.published
+        )
     share = torch.arange(n + 1) / n
     curves = {"trace": share, "pass": share.ceil(), "curve": curve}
     return curve_advantages(trace_rewards, curves[kind], n)
@@ -603,8 +578,7 @@ class Group:
 
 
 def micro_batches(groups, budget):
-    """The completions that have an advantage, in Groups of one prompt, and of at most `budget`
-    tokens or of one completion."""
+    """The completions with an advantage, in Groups of at most `budget` tokens or one completion."""
     for group in groups:
         useful = [c for c in group.completions if c.advantage]
         longest = max((len(c.tokens) for c in useful), default=1)
@@ -640,10 +614,9 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
 
 
 def completion_logprobs(model, group, temperature):
-    """(log-probs, the sampler's log-probs, advantages), [N] each, of the N sampled tokens of a
-    group. The prompt runs once, with exactly the gradient of whole sequences. As in the sampler,
-    its last token is each completion's first input: so every place in a completion predicts the
-    token of that place."""
+    """(log-probs, the sampler's log-probs, advantages), [N] each, of all sampled tokens of a group.
+    As in the sampler, the prompt's last token is each completion's first input: so every place in a
+    completion predicts the token of that place."""
     # Inputs: p_0 .. p_L-1, then p_L a_0 a_1, p_L b_0 b_1 b_2 ...; targets: a_0 a_1 a_2, b_0 b_1 ...
     *inputs, last = group.prompt
     start = len(inputs)
@@ -672,9 +645,9 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
 
 
-def make_optimizer(model, lr):
-    """AdamW on fp32 masters of the trained parameters. Of fp32 parameters they share the memory.
-    They take over the gradients of each micro-batch; bf16 weights are copied from them."""
+def make_optimizer(model, lr, folder=None):
+    """AdamW on fp32 masters of the trained parameters, which take over the gradients of each
+    micro-batch. fp32 parameters share their memory, bf16 ones are copies. folder: to go on from."""
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = {p: p.detach().float() for p in trained}
     optimizer = torch.optim.AdamW(masters.values(), lr, (0.9, 0.95), weight_decay=0, foreach=False)
@@ -690,6 +663,11 @@ def make_optimizer(model, lr):
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(to_master)
     optimizer.register_step_post_hook(from_masters)
+    if folder:  # weights_only: tensors and plain containers, no code
+        saved, adam = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(adam)
+        for master, x in zip(masters.values(), saved, strict=True):
+            master.copy_(x)
     return optimizer
 
 
@@ -736,21 +714,20 @@ def verified(policy, task, problems, prompts, results):
 def search(policy, task, problems, config, num_samples, generator, lattice=1):
     """`num_samples` traces of each problem -> [P] Groups."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
-    how = config.max_trace_tokens, config.temperature, num_samples, generator
-    results = sample(policy, prompts, *how, lattice=lattice)
-    return verified(policy, task, problems, prompts, results)
+    how = config.max_trace_tokens, config.temperature, num_samples, generator, lattice
+    return verified(policy, task, problems, prompts, sample(policy, prompts, *how))
 
 
 def aggregate(policy, task, problems, groups, sets, config, num_samples, generator):
-    """`num_samples` aggregations of each set of members of groups [P]: sets [P][K][n] -> [P][K]
-    Groups."""
+    """`num_samples` aggregations of each set of members of groups [P]: sets [P][K][n] ->
+    [P][K] Groups."""
     owners, prompts = [], []
     for i, chosen in enumerate(sets):
         for members in chosen:
             texts = [tasks.after_thought(groups[i].completions[j].text) for j in members]
             question = task.prompt(problems[i])
-            tokens = aggregation_prompt(policy.tokenizer, question, texts, config.max_prompt_tokens)
-            prompts.append(tokens)
+            limits = texts, config.max_prompt_tokens
+            prompts.append(aggregation_prompt(policy.tokenizer, question, *limits))
             owners.append(problems[i])
     how = config.max_aggregation_tokens, config.temperature, num_samples, generator
     found = iter(verified(policy, task, owners, prompts, sample(policy, prompts, *how)))
@@ -776,8 +753,8 @@ def rewards_of(groups):
 
 
 def assign_advantages(groups, advantages, target_length):
-    """Gives the completions their advantages [groups, completions]; a positive one of a completion
-    longer than `target_length` (0: no limit) becomes 0 (L_target, paper.md section 4)."""
+    """Gives completions their advantages [groups, completions]; no positive one beyond
+    `target_length` tokens (L_target, paper.md section 4; 0: no limit)."""
     completions = [c for group in groups for c in group.completions]
     for c, advantage in zip(completions, advantages.flatten().tolist(), strict=True):
         gated = advantage > 0 and 0 < target_length < len(c.tokens)
@@ -816,8 +793,7 @@ def problem_at(problems, seed, i):
 
 def collect(policy, task, problems, cursor, config, curve):
     """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as
-    many are drawn; each process takes its share. Returns (records, number of useful ones in all
-    processes, the cursor behind the last problem)."""
+    many are drawn. Returns (records, useful problems of all processes, cursor behind the last)."""
     rank, processes = world()
     records, useful, limit = [], 0, cursor + config.max_draws * config.problems
     while useful < config.problems and cursor < limit:
@@ -830,8 +806,8 @@ def collect(policy, task, problems, cursor, config, curve):
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
             batch = [problem_at(problems, config.seed, i) for i in mine]
             records += rollout(policy, task, batch, config, generators, curve)
-        found = [any(c.advantage for c in record.completions()) for record in records]
-        useful = int(add_up(torch.tensor(sum(found))))
+        useful = sum(any(c.advantage for c in record.completions()) for record in records)
+        useful = int(add_up(torch.tensor(useful)))
     return records, useful, cursor
 
 
@@ -850,25 +826,22 @@ def response_counts(records, set_size):
 
 
 def statistics(groups):
-    """Of all completions of some groups: how often they are right and cut off, their length in
-    tokens, and the entropy in nats a token (the mean of -log pi, unbiased)."""
+    """How often completions are right and cut off, their length in tokens, and the entropy in nats
+    a token (the mean of -log pi, unbiased)."""
     every = [c for group in groups for c in group.completions]
     tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
-    return {
-        "reward": sum(c.reward for c in every) / count,
-        "truncated": sum(c.truncated for c in every) / count,
-        "length": tokens / count,
-        "entropy": -sum(sum(c.logprobs) for c in every) / max(1, tokens),
-        "tokens": tokens,
-    }
+    stats = {"tokens": tokens, "length": tokens / count}
+    stats["reward"] = sum(c.reward for c in every) / count
+    stats["truncated"] = sum(c.truncated for c in every) / count
+    stats["entropy"] = -sum(sum(c.logprobs) for c in every) / max(1, tokens)
+    return stats
 
 
 def notes(stats, start):
     """Plain lines about what people otherwise puzzle over. start: the first step's trace reward."""
     search, aggregation = stats["search"], stats["aggregation"]
     if not stats["useful"]:
-        right = f"{aggregation['reward']:.0%} of the answers are right"
-        yield f"no problem has an advantage: its answers are all right or all wrong ({right})"
+        yield f"no problem has an advantage; {aggregation['reward']:.0%} of the answers are right"
     if search["truncated"] > 0.5:
         yield "most traces are cut off: raise --max-trace-tokens"
     if aggregation["truncated"] > 0.5:
@@ -898,8 +871,8 @@ def transcript(task, record):
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the chance that one of k independent samples is right (arXiv
-    2107.03374). Raises ValueError when k > num_samples."""
+    """Unbiased estimate of the chance that one of k samples is right (arXiv 2107.03374). Raises
+    ValueError when k > num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
@@ -922,8 +895,8 @@ def recursive_self_aggregation(
     policy, task, problems, config, population=None, steps=1, generator=None
 ):
     """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
-    members drawn at random. population: [P] Groups to start from, else config.eval_traces fresh
-    traces that share a lattice. Returns the Groups of each step, [steps + 1][P]."""
+    random members. population: [P] Groups, else a lattice of config.eval_traces traces. Returns the
+    Groups of each step, [steps + 1][P]."""
     size = config.eval_traces
     groups = population or search(policy, task, problems, config, size, generator, size)
     size, history = len(groups[0].completions), [groups]
@@ -936,8 +909,8 @@ def recursive_self_aggregation(
 
 
 def solve(policy, task, problem, config, generator=None):
-    """The pipeline as a tool: traces, `rsa_steps` of self-aggregation, a vote. Prints the votes
-    after each, and a text when there is none. Returns the answer or None."""
+    """Traces, `rsa_steps` of self-aggregation, a vote. Prints the votes after each, and a text when
+    there is none. Returns the answer or None."""
     how = [problem], config, None, config.rsa_steps, generator
     for step, (group,) in enumerate(recursive_self_aggregation(policy, task, *how)):
         answers = [task.answer(c.text) for c in group.completions]
@@ -949,40 +922,32 @@ def solve(policy, task, problem, config, generator=None):
 
 
 def evaluate(policy, task, problems, config, generator):
-    """Mean scores of every way to use the policy, at config.temperature. The traces of a problem
-    are one lattice, and start the RSA."""
+    """Mean scores at config.temperature. A problem's traces are one lattice, and start the RSA."""
     n, size = config.set_size, config.eval_traces
     found = search(policy, task, problems, config, size, generator, size)
     rewards = rewards_of(found)  # [P, S]
     sets = torch.arange(size).view(1, -1, n).expand(len(problems), -1, -1)  # [P, S / n, n]
-    answers = aggregate(policy, task, problems, found, sets, config, 1, generator)
-    answers = rewards_of(sum(answers, []))[:, 0]  # [P S / n]
+    found_sets = aggregate(policy, task, problems, found, sets, config, 1, generator)
+    answers = rewards_of(sum(found_sets, []))[:, 0]  # [P S / n]
     hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]: sets without a right trace
-    scores = {
-        "pass@1": rewards,
-        f"pass@{size}": rewards.amax(1),
-        f"majority@{size}": torch.tensor([vote_reward(task, group.completions) for group in found]),
-        f"aggregate@{n}": answers,
-        "hopeless sets": hopeless,
-        "emergent": answers * hopeless,
-    }
+    votes = torch.tensor([vote_reward(task, group.completions) for group in found])
+    scores = {"pass@1": rewards, f"pass@{size}": rewards.amax(1), f"majority@{size}": votes}
+    scores |= {f"aggregate@{n}": answers, "hopeless sets": hopeless, "emergent": answers * hopeless}
     how = config, found, config.rsa_steps, generator
     for step, groups in enumerate(recursive_self_aggregation(policy, task, problems, *how)):
         scores[f"rsa step {step}"] = rewards_of(groups)
-    means = {name: x.float().mean().item() for name, x in scores.items()}
-    return means | statistics(found)
+    return {name: x.float().mean().item() for name, x in scores.items()} | statistics(found)
 
 
 # ---- Checkpoints: folders in Hugging Face format. Randomness comes from seed and step alone ----
 
 
 def save_checkpoint(folder, state, policy, optimizer):
-    """Written aside, flushed, renamed: a kill at any instant leaves the last whole checkpoint.
-    `state` is JSON."""
+    """Written aside, flushed, renamed: a kill leaves the last whole one. `state` is JSON."""
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
-    if isinstance(policy.tokenizer, HubTokenizer):  # the tiny one is named in config.json
+    if hasattr(policy.tokenizer, "hf"):  # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
     masters = optimizer.param_groups[0]["params"]
     torch.save([masters, optimizer.state_dict()], aside / "optimizer.pt")
@@ -991,32 +956,17 @@ def save_checkpoint(folder, state, policy, optimizer):
     os.replace(aside, folder)
 
 
-def load_optimizer(optimizer, folder):
-    # weights_only: tensors and plain containers, no code
-    masters, adam = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(adam)
-    for master, saved in zip(optimizer.param_groups[0]["params"], masters, strict=True):
-        master.copy_(saved)
-
-
-def checkpoints(out):
-    """The run's own checkpoints, the newest first: never what else lies beside them."""
-    ours = [path.parent for path in out.glob("step-*/state.json")]
-    ours = [path for path in ours if path.name[5:].isdecimal()]
-    return sorted(ours, key=lambda path: -int(path.name[5:]))
-
-
 def resume(config, out):
     """(folder, state) of the newest checkpoint in `out`, or None and the state of a new run. Raises
-    AssertionError when the folder holds another run; options not listed here may change."""
+    AssertionError when the folder holds another run."""
     fixed = "algo task data model seed train_problems lora_rank dtype set_size".split()
     run = {name: getattr(config, name) for name in fixed}
-    for folder in checkpoints(out):
+    for folder in sorted(out.glob(CHECKPOINTS), reverse=True):
         state = json.loads((folder / "state.json").read_text())
         assert state["run"] == run, f"{out} holds another run, {state['run']}: choose another --out"
         print(f"resuming {folder}")
         return folder, state
-    curve = torch.zeros(2, config.set_size + 1).tolist()
+    curve = [[0.0] * (config.set_size + 1)] * 2
     return None, {"run": run, "step": 0, "cursor": 0, "metrics_bytes": 0, "curve": curve}
 
 
@@ -1051,17 +1001,15 @@ def train_step(policy, optimizer, task, problems, state, config):
 
 
 def train(task, config, out):
-    """The run, from the beginning or from the newest checkpoint in `out`: evaluation, steps of
-    rollout and update, evaluation. Returns the exit code."""
+    """From the beginning or the newest checkpoint in `out`: evaluation, steps, evaluation. Returns
+    the exit code."""
     problems = task.problems("train", config.train_problems, config.seed)
     folder, state = resume(config, out)
     longest = max(map(task.prompt, problems), key=len)
     policy = load_policy(replace(config, model=str(folder or config.model)), longest)
-    optimizer = make_optimizer(policy.model, config.lr)
+    optimizer = make_optimizer(policy.model, config.lr, folder)
     print(f"{config.algo} on {config.task}, into {out}/")
-    if folder:
-        load_optimizer(optimizer, folder)
-    else:
+    if not folder:
         report(policy, task, config, out, "start")
     metrics = open(out / "metrics.jsonl", "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
@@ -1078,8 +1026,8 @@ def train(task, config, out):
             print(json.dumps(stats), file=metrics, flush=True)
             state["metrics_bytes"] = metrics.tell()
             if save:
-                save_checkpoint(out / f"step-{step}", state, policy, optimizer)
-            for old in checkpoints(out)[2:]:
+                save_checkpoint(out / f"step-{step:05d}", state, policy, optimizer)
+            for old in sorted(out.glob(CHECKPOINTS))[:-2]:
                 shutil.rmtree(old)
         if stop:
             break
@@ -1135,7 +1083,7 @@ def parse_config(arguments=None):
 
 
 def run(config):
-    """Training, an evaluation or an answer, as the config says. Returns the exit code."""
+    """Training, evaluation or an answer, as the config says. Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group()
         if torch.cuda.is_available():

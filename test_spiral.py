@@ -593,9 +593,8 @@ def test_bf16_weights_are_trained_through_fp32_masters(tmp_path):
         spiral.update(policy, optimizer, groups, 3, spiral.Config(micro_batch_tokens=30))
     assert not any(map(torch.equal, masters, start))
     assert all(map(torch.equal, policy.model.parameters(), [m.bfloat16() for m in masters]))
-    spiral.save_checkpoint(tmp_path / "step-1", {}, policy, optimizer)
-    fresh = spiral.make_optimizer(policy.model, 1e-6)
-    spiral.load_optimizer(fresh, tmp_path / "step-1")
+    spiral.save_checkpoint(tmp_path / "step-00001", {}, policy, optimizer)
+    fresh = spiral.make_optimizer(policy.model, 1e-6, tmp_path / "step-00001")
     assert all(map(torch.equal, masters, fresh.param_groups[0]["params"]))
 
 
@@ -1060,8 +1059,8 @@ def test_end_to_end(algo, coin_rewards, tmp_path, capsys):
     assert after["entropy"] != before["entropy"]
     assert run(*command, 1) == 0  # fewer steps than are done
     assert rows(path)[2:] == [after] and rows(tmp_path / "metrics.jsonl") == metrics
-    assert run(*command, 0, "--model", tmp_path / "step-2") == 0
-    assert rows(path)[-1] == {**after, "policy": "step-2"}
+    assert run(*command, 0, "--model", tmp_path / "step-00002") == 0
+    assert rows(path)[-1] == {**after, "policy": "step-00002"}
 
 
 def test_adapters_from_training_to_an_answer(hub, coin_rewards, tmp_path, monkeypatch, capsys):
@@ -1075,12 +1074,12 @@ def test_adapters_from_training_to_an_answer(hub, coin_rewards, tmp_path, monkey
     assert run(UNSEEN, "--model model", options) == 0
     start = load("model", lora_rank=4).model
     monkeypatch.chdir("elsewhere")
-    assert run(UNSEEN, "--model ../run/step-1 --steps 1 --out more") == 0
+    assert run(UNSEEN, "--model ../run/step-00001 --steps 1 --out more") == 0
     adapters = {name for name, _ in start.named_parameters() if "lora_" in name}
-    assert changed(start, load("more/step-1").model) == adapters != set()
+    assert changed(start, load("more/step-00001").model) == adapters != set()
     assert rows(Path("more/metrics.jsonl"))[0]["logprob_difference"] < 1e-4
-    assert not Path("more/step-1/model.safetensors").exists()
-    assert run(UNSEEN, "--model more/step-1 --ask 4,9,13,61") == 0
+    assert not Path("more/step-00001/model.safetensors").exists()
+    assert run(UNSEEN, "--model more/step-00001 --ask 4,9,13,61") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("answer: ")
 
 
@@ -1089,7 +1088,7 @@ STEPS = LEARNS + "--save-every 1 --steps 4 --out "
 
 
 def results(out):
-    names = "metrics.jsonl", "step-4/model.safetensors", "step-4/optimizer.pt"
+    names = "metrics.jsonl", "step-00004/model.safetensors", "step-00004/optimizer.pt"
     return [(out / name).read_bytes() for name in names]
 
 
@@ -1103,16 +1102,16 @@ def whole(tmp_path_factory):
 
 def test_resuming_gives_the_same_bytes_and_touches_no_foreign_files(whole, tmp_path):
     assert run(LEARNS, "--steps 1 --out", tmp_path) == 0
-    shutil.copytree(tmp_path / "step-1", tmp_path / "step-1-good")
+    shutil.copytree(tmp_path / "step-00001", tmp_path / "step-1-good")
     for name in ("step-latest", "step-99"):
-        (tmp_path / name).symlink_to("step-1")
+        (tmp_path / name).symlink_to("step-00001")
     (tmp_path / "step-notes.txt").touch()
     (tmp_path / "unfinished").mkdir()  # as a crash leaves it, and a row
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "answer_rew')
     assert run(STEPS, tmp_path) == 0 and results(tmp_path) == whole
     names = {path.name for path in tmp_path.glob("step-*")}
-    ours = {"step-3", "step-4"}
+    ours = {"step-00003", "step-00004"}
     assert names == ours | {"step-1-good", "step-latest", "step-99", "step-notes.txt"}
 
 
@@ -1121,7 +1120,7 @@ def interrupted_run(number, out):
     save = torch.save
 
     def save_or_end(value, path):
-        if (out / "step-1").exists():
+        if (out / "step-00001").exists():
             path.write_bytes(b"half")
             if number == 28:
                 raise OSError(number, "No space left on device")
@@ -1139,7 +1138,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(number, code, whole, tmp_p
     process = processes.Process(target=interrupted_run, args=(number, tmp_path))
     process.start()
     process.join()
-    assert process.exitcode == code and not (tmp_path / "step-4").exists()
+    assert process.exitcode == code and not (tmp_path / "step-00004").exists()
     assert run(STEPS, tmp_path) == 0 and results(tmp_path) == whole
 
 
