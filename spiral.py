@@ -59,7 +59,6 @@ class Config:
     model: str = "tiny"  # shipped; or a folder in Hugging Face format, or a hub id
     out: str = ""  # folder of the run, resumed if it holds one; default runs/ALGO-TASK-SEED
     seed: int = 0  # fixes problems, traces and sets
-    # The four sizes, and the estimator (paper.md sections 2 to 8)
     num_traces: int = 8  # N1: search traces per problem
     set_size: int = 4  # n: traces in a set
     num_sets: int = 4  # K: sets per problem
@@ -68,7 +67,6 @@ class Config:
     published: bool = False  # the paper's self-inclusive baselines, not leave-one-out
     search_weight: float = 0.2  # of the search term; 1, with set credit, is the exact gradient of J
     lattice: bool = False  # training traces of a problem don't repeat: see draw_codes()
-    # Training
     steps: int = 30  # training steps; 0: evaluate only
     problems: int = 16  # problems per step with an advantage that is not zero
     max_draws: int = 2  # draw at most this many times `problems` to find them
@@ -87,7 +85,6 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, more time
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bf16 trains fp32 copies
     lora_rank: int = 0  # train LoRA adapters of this rank (peft); 0: all weights
-    # Evaluation, use and records
     eval_problems: int = 200  # held-out problems of the table; 0: no evaluation
     eval_traces: int = 16  # traces per held-out problem, and population of RSA
     rsa_steps: int = 2  # steps of recursive self-aggregation (RSA)
@@ -208,8 +205,7 @@ def load_policy(config, question=""):
 
 def attention(module, query, key, value, mask, scaling, attend, **kwargs):
     """What transformers calls in every layer: queries [B, H, T, D], keys, values [B, kv, T, D] ->
-    [B, T, H, D]. `attend` is handed through from the model's forward: prefill, decoding and update
-    differ only in how (scaled) queries find their keys."""
+    [B, T, H, D]. Prefill, decoding and update each hand their own `attend` through the model."""
     return attend(module.layer_idx, query * scaling, key, value), None
 
 
@@ -239,9 +235,7 @@ def head(model, hidden, temperature):
 
 
 @dataclass
-class Completion:
-    """A trace or an aggregation; while it is sampled, a row of the batch."""
-
+class Completion:  # a trace or an aggregation; while it is sampled, a row of the batch
     prompt: int  # which one of the call
     place: int  # among the prompt's completions
     code: float  # see draw_codes()
@@ -273,11 +267,10 @@ class Memory:
 
 
 def draw_codes(num_samples, generator=None, lattice=1):
-    """Codes [num_samples] fp64 of a prompt's completions, each uniform in [0, 1). Those of a
-    lattice, (i + shift) / lattice in random order, spread over the CDF (QuasiMoTTo, arXiv
-    2607.01179). A token takes the slice of the CDF that its row's code lies in. What is left of the
-    code, scaled to [0, 1), is the code of the next token, as long as another of the lattice may
-    have come along the same tokens; from there on each token takes a fresh uniform."""
+    """Codes [num_samples] fp64 in [0, 1) of a prompt's completions. Those of a lattice, at (i +
+    shift) / lattice in random order, spread over the CDF (QuasiMoTTo, arXiv 2607.01179). A token
+    takes the slice of the CDF that its row's code lies in. What is left of the code, scaled to [0,
+    1), is the next, as long as others of the lattice may share the tokens. Then come uniforms."""
     shape = num_samples // lattice, lattice
     order = torch.rand(shape, generator=generator).argsort(1)
     shifts = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64)
@@ -299,8 +292,7 @@ def draw_tokens(logits, codes):
 
 def prefill(policy, prompts, first):
     """Runs prompts (token lists), once each, into the places of memory from `first` on."""
-    # All but the last token; a prompt of one token holds a dummy that nobody sees
-    tokens = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
+    tokens = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]  # 0: nobody sees it
     tokens = pad_sequence(tokens, batch_first=True).to(policy.model.device)  # [U, L]
     cache = policy.memory.prompts[:, :, first : first + len(prompts), :, : tokens.shape[1]]
 
@@ -312,15 +304,13 @@ def prefill(policy, prompts, first):
 
 
 def decode(policy, active, held, prompts, places, temperature, lattice):
-    """A token for each of the `active` rows. held: which of the `prompts` lies where in memory;
-    places: rows of a prompt at most."""
+    """A token for each row of `active`. held: the prompts in memory; places: rows a prompt has."""
     inputs = []
     for row in active:
         prompt, step = prompts[row.prompt], len(row.tokens)
         last = (row.tokens or prompt)[-1]
         slot = held.index(row.prompt) * places + row.place
-        # A slice of the CDF below 1 / lattice holds one code of a lattice at most: then a fresh
-        # uniform is as good as what is left of the code, and rounding can't add up
+        # Below 1 / lattice a slice of the CDF holds one code at most: a fresh uniform is as good
         code = row.code if row.chance * lattice > 1 else row.random.random()
         inputs.append([last, step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
@@ -336,26 +326,15 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
 
 def decode_step(policy, inputs, shape, temperature):
     """inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in memory, slot, code ->
-    what draw_tokens() gives. shape: prompts, their columns, columns of rows, places to read. Looks
-    at no value: it can be a CUDA graph."""
-    prompts, prompt_columns, own_columns, places = shape
+    what draw_tokens() gives. shape: prompts, their columns, columns of rows, places to read. To
+    read a prompt once for all of its rows, these wait in a grid [U, places], in slot u * places +
+    place. Looks at no value: it can be a CUDA graph."""
+    count, prompt_columns, own_columns, places = shape
     tokens, steps, lengths, slots = inputs[:4].long()
-    held = policy.memory.prompts[:, :, :prompts, :, :prompt_columns]
-    own = policy.memory.own[:, :, : len(slots), :, :own_columns]
-    attend = decode_attention(held, own, slots, places, lengths, steps)
-    hidden = hidden_states(policy.model, tokens[:, None], attend, (lengths + steps)[:, None])
-    logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
-    return draw_tokens(logits, inputs[4])
-
-
-def decode_attention(prompts, own, slots, places, lengths, steps):
-    """The `attend` of one query a row, [B, H, 1, D] -> [B, 1, H, D]. prompts [layers, 2, U, kv, L,
-    D] and own [layers, 2, B, kv, T, D] are keys and values; new ones go to columns steps [B] of
-    own. Row b sees lengths[b] columns of its prompt, and its own up to the new one. To read each
-    prompt once for all of its rows, they wait in a grid [U, places], in slots[b]."""
-    sizes = prompts.shape[4], own.shape[4]  # L, T
-    rows = torch.arange(len(slots), device=slots.device)
-    column, start = torch.arange(sum(sizes), device=slots.device), sizes[0]
+    prompts = policy.memory.prompts[:, :, :count, :, :prompt_columns]  # [layers, 2, U, kv, L, D]
+    own = policy.memory.own[:, :, : len(slots), :, :own_columns]  # [layers, 2, B, kv, T, D]
+    start, sizes = prompts.shape[4], (prompts.shape[4], own.shape[4])  # L, T
+    rows, column = torch.arange(len(slots)).to(slots), torch.arange(sum(sizes)).to(slots)
     seen = torch.where(column < start, column < lengths[:, None], column <= start + steps[:, None])
     bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
 
@@ -366,10 +345,9 @@ def decode_attention(prompts, own, slots, places, lengths, steps):
         grid = grid.unflatten(0, (-1, places))  # [U, places, kv, G, C]
         return torch.einsum(equation, grid, held).flatten(0, 1)[slots]
 
-    def attend(layer, query, key, value):
-        prompt_keys, prompt_values = prompts[layer]  # [U, kv, L, D]
+    def attend(layer, query, key, value):  # [B, H, 1, D] -> [B, 1, H, D]
         own[layer, :, rows, :, steps] = torch.stack([key, value], 1)[:, :, :, 0]
-        keys, values = own[layer]  # [B, kv, T, D]
+        (prompt_keys, prompt_values), (keys, values) = prompts[layer], own[layer]
         query = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0]  # [B, kv, G, D]: G share a key
         scores = [with_prompts("upkgd,ukld->upkgl", query, prompt_keys), query @ keys.mT]
         weights = (torch.cat(scores, -1) + bias).softmax(-1, torch.float32).to(values.dtype)
@@ -377,7 +355,9 @@ def decode_attention(prompts, own, slots, places, lengths, steps):
         mixed = with_prompts("upkgl,ukld->upkgd", of_prompt, prompt_values) + of_own @ values
         return mixed.flatten(1, 2)[:, None]
 
-    return attend
+    hidden = hidden_states(policy.model, tokens[:, None], attend, (lengths + steps)[:, None])
+    logits = head(policy.model, hidden[:, 0], temperature)  # [B, V]
+    return draw_tokens(logits, inputs[4])
 
 
 def replay(policy, inputs, shape, temperature):
@@ -397,8 +377,7 @@ def replay(policy, inputs, shape, temperature):
 
 
 def leave(items, needed, cache):
-    """Items that aren't needed leave; the last one takes the place of each, with its keys and
-    values in cache [layers, 2, items, kv, columns, D]."""
+    """Items not needed leave, and the last takes the place of each, as in cache [:, :, items ...]."""
     for i in reversed(range(len(items))):
         if not needed[i]:
             cache[:, :, i] = cache[:, :, len(items) - 1]
@@ -475,9 +454,8 @@ def neutralise(text, markers):
 
 
 def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """Tokens of the problem's prompt and the numbered candidates (strings). Over `max_tokens`
-    (0: no limit) the longest candidates lose their beginnings, since answers come last. Raises
-    AssertionError when the problem leaves no room."""
+    """Tokens of the problem's prompt and numbered candidates (strings). Over `max_tokens` (0: no
+    limit) the longest lose their beginnings. AssertionError when the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     bodies = [tokenizer.encode(text) for text in texts]
     most = max(map(len, bodies))  # tokens of a candidate
@@ -499,11 +477,10 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
 
 def search_advantages(rewards, sets, num_traces, balanced=False, published=False):
     """Set credit (paper.md section 5): rewards [P, K, N2], sets [P, K, n] -> a_j, [P, N1].
-
-    A_set(k) = f_k - mean_{l != k} f_l, the set's score against the other sets', and a_j = sum_{k: j
-    in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j as well: j's own score
-    is then in the baseline, which cancels this fraction of its signal. published: self-inclusive
-    baseline, and the mean over the sets that hold j."""
+    A_set(k) = f_k - mean_{l != k} f_l is the set's score against the other sets', and
+    a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j too:
+    j's own score is then in the baseline, which cancels this fraction of its signal. published:
+    self-inclusive baseline, and the mean over the sets that hold j."""
     _, num_sets, set_size = sets.shape
     scores = rewards.mean(-1)  # [P, K] f_k
     member = F.one_hot(sets, num_traces).sum(2)  # [P, K, N1]
@@ -587,19 +564,6 @@ def micro_batches(groups, budget):
             yield Group(group.prompt, useful[start : start + at_once])
 
 
-def group_attention(sizes, bias, layer, query, key, value):
-    """The `attend` of a flat sequence [1, H, M, D] -> [1, M, H, D]: a prompt, then completions, of
-    these sizes. Each completion sees the prompt, and itself up to its place, as bias says."""
-    prompt, *completions = zip(*[x.split(sizes, 2) for x in (query, key, value)], strict=True)
-    out = [causal_attention(layer, *prompt)]
-    for query, key, value in completions:
-        keys = torch.cat([prompt[1], key], 2)  # [1, kv, L + T, D]
-        values = torch.cat([prompt[2], value], 2)
-        mine = bias[: query.shape[2], : keys.shape[2]]
-        out.append(causal_attention(layer, query, keys, values, mine))
-    return torch.cat(out, 1)
-
-
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     """Log-probs [N] fp32 of targets [N] from hidden states [N, d]. Logits are made in chunks, and
     made again in the backward pass, so that [N, V] is never there."""
@@ -615,8 +579,8 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
 
 def completion_logprobs(model, group, temperature):
     """(log-probs, the sampler's log-probs, advantages), [N] each, of all sampled tokens of a group.
-    As in the sampler, the prompt's last token is each completion's first input: so every place in a
-    completion predicts the token of that place."""
+    The prompt runs once, before all completions in one flat sequence. As in the sampler, its last
+    token is each one's first input: so every place in a completion predicts the token there."""
     # Inputs: p_0 .. p_L-1, then p_L a_0 a_1, p_L b_0 b_1 b_2 ...; targets: a_0 a_1 a_2, b_0 b_1 ...
     *inputs, last = group.prompt
     start = len(inputs)
@@ -631,7 +595,18 @@ def completion_logprobs(model, group, temperature):
     targets, old, advantages = torch.tensor(sampled, device=model.device, dtype=torch.float64).T
     longest = max(sizes[1:])
     bias = flat.new_full((longest, start + longest), -math.inf, dtype=model.dtype)
-    attend = partial(group_attention, sizes, bias.triu(start + 1))
+    bias.triu_(start + 1)  # a completion sees the prompt, and itself up to its place
+
+    def attend(layer, *parts):  # queries, keys, values [1, H, M, D] -> [1, M, H, D]
+        (query, key, value), *rest = zip(*[x.split(sizes, 2) for x in parts], strict=True)
+        out = [causal_attention(layer, query, key, value)]
+        for query, own_key, own_value in rest:
+            keys = torch.cat([key, own_key], 2)  # [1, kv, L + T, D]
+            mine = bias[: query.shape[2], : keys.shape[2]]
+            values = torch.cat([value, own_value], 2)
+            out.append(causal_attention(layer, query, keys, values, mine))
+        return torch.cat(out, 1)
+
     hidden = hidden_states(model, flat[0], attend, flat[1])[0, start:]  # [N, d]
     logprobs = token_logprobs(model, hidden, targets.long(), temperature)
     return logprobs, old.float(), advantages.float()
@@ -672,9 +647,8 @@ def make_optimizer(model, lr, folder=None):
 
 
 def update(policy, optimizer, groups, num_problems, config):
-    """One optimizer step on the mean over problems of the estimate -> a dict of numbers.
-    num_problems, over all processes, is the one denominator: micro-batches don't change the
-    gradient. NaN or inf never reaches the weights: then there is no step."""
+    """One optimizer step on the mean of the estimate over num_problems, those of all processes: so
+    micro-batches don't change the gradient. No step if loss or gradient is NaN or inf."""
     masters = optimizer.param_groups[0]["params"]
     for master in masters:
         master.grad = torch.zeros_like(master)
@@ -719,15 +693,13 @@ def search(policy, task, problems, config, num_samples, generator, lattice=1):
 
 
 def aggregate(policy, task, problems, groups, sets, config, num_samples, generator):
-    """`num_samples` aggregations of each set of members of groups [P]: sets [P][K][n] ->
-    [P][K] Groups."""
+    """`num_samples` aggregations of sets of members of the groups: [P][K][n] -> [P][K] Groups."""
     owners, prompts = [], []
     for i, chosen in enumerate(sets):
         for members in chosen:
             texts = [tasks.after_thought(groups[i].completions[j].text) for j in members]
-            question = task.prompt(problems[i])
             limits = texts, config.max_prompt_tokens
-            prompts.append(aggregation_prompt(policy.tokenizer, question, *limits))
+            prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problems[i]), *limits))
             owners.append(problems[i])
     how = config.max_aggregation_tokens, config.temperature, num_samples, generator
     found = iter(verified(policy, task, owners, prompts, sample(policy, prompts, *how)))
@@ -735,9 +707,7 @@ def aggregate(policy, task, problems, groups, sets, config, num_samples, generat
 
 
 @dataclass
-class Record:
-    """One problem's rollout."""
-
+class Record:  # one problem's rollout
     problem: object
     search: Group  # N1 traces
     aggregations: list  # K Groups of N2 aggregations
@@ -817,17 +787,15 @@ def response_counts(records, set_size):
     for record in records:
         for members, group in zip(record.sets, record.aggregations, strict=True):
             right = int(sum(record.search.completions[j].reward for j in members))
-            for c in group.completions:
-                counts[:, right] += torch.tensor([c.reward, 1])
+            counts[:, right] += torch.tensor([[c.reward, 1] for c in group.completions]).sum(0)
     return add_up(counts)
 
 
-# ---- What people read ----
+# ---- Evaluation, and what people read ----
 
 
 def statistics(groups):
-    """How often completions are right and cut off, their length in tokens, and the entropy in nats
-    a token (the mean of -log pi, unbiased)."""
+    """How often completions are right and cut off, their tokens, and the entropy in nats a token."""
     every = [c for group in groups for c in group.completions]
     tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
     stats = {"tokens": tokens, "length": tokens / count}
@@ -839,19 +807,17 @@ def statistics(groups):
 
 def notes(stats, start):
     """Plain lines about what people otherwise puzzle over. start: the first step's trace reward."""
-    search, aggregation = stats["search"], stats["aggregation"]
-    if not stats["useful"]:
-        yield f"no problem has an advantage; {aggregation['reward']:.0%} of the answers are right"
-    if search["truncated"] > 0.5:
-        yield "most traces are cut off: raise --max-trace-tokens"
-    if aggregation["truncated"] > 0.5:
-        yield "most aggregations are cut off: raise --max-aggregation-tokens"
-    if search["reward"] < 0.5 * start:
-        yield "the search collapses: lower --search-weight or --lr, or try another --search-credit"
-    if stats["logprob_difference"] > 0.01:
-        yield f"sampler and trainer disagree by {stats['logprob_difference']:.1e} nats a token"
-    if stats["skipped"]:
-        yield "loss or gradient is not finite: no step. Lower --lr"
+    search, answers = stats["search"], stats["aggregation"]
+    right, apart = f"{answers['reward']:.0%}", f"{stats['logprob_difference']:.1e}"
+    signs = {
+        f"no problem has an advantage; {right} of the answers are right": not stats["useful"],
+        "most traces are cut off: raise --max-trace-tokens": search["truncated"] > 0.5,
+        "most aggregations are cut off: raise --max-aggregation-tokens": answers["truncated"] > 0.5,
+        "the search collapses: lower --search-weight or --lr": search["reward"] < 0.5 * start,
+        f"sampler and trainer are {apart} nats a token apart": stats["logprob_difference"] > 0.01,
+        "loss or gradient is not finite: no step. Lower --lr": stats["skipped"],
+    }
+    return [note for note, seen in signs.items() if seen]
 
 
 def transcript(task, record):
@@ -867,12 +833,8 @@ def transcript(task, record):
     return text
 
 
-# ---- Evaluation ----
-
-
 def pass_at_k(num_samples, num_correct, k):
-    """Unbiased estimate of the chance that one of k samples is right (arXiv 2107.03374). Raises
-    ValueError when k > num_samples."""
+    """Chance that one of k samples is right, unbiased (arXiv 2107.03374). ValueError: k too large."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
@@ -894,9 +856,8 @@ def vote_reward(task, completions):
 def recursive_self_aggregation(
     policy, task, problems, config, population=None, steps=1, generator=None
 ):
-    """RSA (arXiv 2509.26626): each member of the next population is one aggregation of `set_size`
-    random members. population: [P] Groups, else a lattice of config.eval_traces traces. Returns the
-    Groups of each step, [steps + 1][P]."""
+    """RSA (arXiv 2509.26626): a member of the next population is an aggregation of `set_size` random
+    ones. population: [P] Groups, else config.eval_traces traces -> Groups, [steps + 1][P]."""
     size = config.eval_traces
     groups = population or search(policy, task, problems, config, size, generator, size)
     size, history = len(groups[0].completions), [groups]
@@ -909,8 +870,7 @@ def recursive_self_aggregation(
 
 
 def solve(policy, task, problem, config, generator=None):
-    """Traces, `rsa_steps` of self-aggregation, a vote. Prints the votes after each, and a text when
-    there is none. Returns the answer or None."""
+    """Traces, steps of self-aggregation, a vote: prints all votes, returns the answer or None."""
     how = [problem], config, None, config.rsa_steps, generator
     for step, (group,) in enumerate(recursive_self_aggregation(policy, task, *how)):
         answers = [task.answer(c.text) for c in group.completions]
@@ -939,7 +899,7 @@ def evaluate(policy, task, problems, config, generator):
     return {name: x.float().mean().item() for name, x in scores.items()} | statistics(found)
 
 
-# ---- Checkpoints: folders in Hugging Face format. Randomness comes from seed and step alone ----
+# ---- Training. Checkpoints are Hugging Face folders; randomness comes from seed and step ----
 
 
 def save_checkpoint(folder, state, policy, optimizer):
@@ -970,9 +930,6 @@ def resume(config, out):
     return None, {"run": run, "step": 0, "cursor": 0, "metrics_bytes": 0, "curve": curve}
 
 
-# ---- Training ----
-
-
 def train_step(policy, optimizer, task, problems, state, config):
     """Rollout and update; `state` moves on. Returns (statistics, records)."""
     began, step = time.time(), state["step"] + 1
@@ -1001,8 +958,7 @@ def train_step(policy, optimizer, task, problems, state, config):
 
 
 def train(task, config, out):
-    """From the beginning or the newest checkpoint in `out`: evaluation, steps, evaluation. Returns
-    the exit code."""
+    """From the start or the newest checkpoint: evaluation, steps, evaluation. Returns the exit code."""
     problems = task.problems("train", config.train_problems, config.seed)
     folder, state = resume(config, out)
     longest = max(map(task.prompt, problems), key=len)
@@ -1044,9 +1000,7 @@ def report(policy, task, config, out, name):
     """Evaluates on held-out problems, as a row of evaluation.jsonl, and prints the rows there.
     Ctrl-C ends it early, with the problems done by then."""
     out.mkdir(parents=True, exist_ok=True)
-    if not config.eval_problems:
-        return
-    problems = task.problems("test", config.eval_problems, 0)
+    problems = task.problems("test", config.eval_problems, 0) if config.eval_problems else []
     generator, sums, done = torch.Generator().manual_seed(0), Counter(), 0
     try:
         for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", leave=False):

@@ -1180,9 +1180,9 @@ SICK = {
     "": {},
     "no problem has an advantage.*25%": {"useful": 0},
     "cut off.*--max-trace-tokens": {"search": {"reward": 0.25, "truncated": 0.6}},
-    "cut off.*--max-aggregation-tokens": {"aggregation": {"truncated": 0.6}},
+    "cut off.*--max-aggregation-tokens": {"aggregation": {"reward": 1.0, "truncated": 0.6}},
     "collapse": {"search": {"reward": 0.1, "truncated": 0.0}},
-    "disagree": {"logprob_difference": 0.02},
+    "apart": {"logprob_difference": 0.02},
     "not finite": {"skipped": True},
 }
 
