@@ -34,7 +34,6 @@ from math import comb
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,7 +42,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import tasks
 
@@ -127,37 +126,6 @@ CHECKPOINTS = "step-" + "[0-9]" * 5  # a pattern of their names
 PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
 
 
-class HubTokenizer:
-    """A Hugging Face tokenizer, its chat template, and every token that ends a completion."""
-
-    def __init__(self, path, settings):
-        try:
-            ends = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:  # no generation_config.json
-            ends = settings.eos_token_id
-        try:
-            self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self.eos_ids = {self.hf.eos_token_id, *np.atleast_1d(ends).tolist()} - {None}
-            heard = self.chat("one") != self.chat("two")
-        except Exception as error:  # a template is somebody else's program
-            raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
-        assert heard, f"{path}: its chat template leaves out the user's message"
-        self.encode = partial(self.hf.encode, add_special_tokens=False)
-        self.decode = partial(self.hf.decode, skip_special_tokens=True)
-        added = self.hf.added_tokens_decoder.values()
-        self.markers = [x.content for x in added if x.special and x.content.strip()]
-
-    def chat(self, text):
-        """Prompt tokens of a user's message."""
-        if self.hf.chat_template:
-            turns = [{"role": "user", "content": text}]
-            return self.hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        tokens = self.hf.encode(text)
-        while tokens and tokens[-1] in self.eos_ids:  # some tokenizers end every text
-            tokens.pop()
-        return tokens
-
-
 @dataclass
 class Policy:
     model: torch.nn.Module  # a transformers causal LM with attn_implementation "spiral"
@@ -175,7 +143,7 @@ def load_policy(config, question=""):
         base = json.loads(adapters.read_text())["base_model_name_or_path"]
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tiny = hasattr(settings, "spiral_tokenizer")
-    tokenizer = tasks.TinyTokenizer() if tiny else HubTokenizer(base, settings)
+    tokenizer = tasks.TinyTokenizer() if tiny else tasks.HubTokenizer(base, settings)
     aggregation_prompt(tokenizer, question, ["0" * 99] * config.set_size, config.max_prompt_tokens)
     text = settings.get_text_config()
     plain = text.model_type in PLAIN and not getattr(text, "sliding_window", None)
@@ -377,7 +345,7 @@ def replay(policy, inputs, shape, temperature):
 
 
 def leave(items, needed, cache):
-    """Items not needed leave, and the last takes the place of each, as in cache [:, :, items ...]."""
+    """Items not needed leave; the last one takes the place of each, as in cache [:, :, items]."""
     for i in reversed(range(len(items))):
         if not needed[i]:
             cache[:, :, i] = cache[:, :, len(items) - 1]
@@ -795,7 +763,7 @@ def response_counts(records, set_size):
 
 
 def statistics(groups):
-    """How often completions are right and cut off, their tokens, and the entropy in nats a token."""
+    """How often completions are right and cut off, their tokens, the entropy in nats a token."""
     every = [c for group in groups for c in group.completions]
     tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
     stats = {"tokens": tokens, "length": tokens / count}
@@ -834,7 +802,7 @@ def transcript(task, record):
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """Chance that one of k samples is right, unbiased (arXiv 2107.03374). ValueError: k too large."""
+    """Chance that one of k samples is right, unbiased (arXiv 2107.03374); ValueError over all."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} can't be estimated from {num_samples} samples")
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
@@ -856,8 +824,8 @@ def vote_reward(task, completions):
 def recursive_self_aggregation(
     policy, task, problems, config, population=None, steps=1, generator=None
 ):
-    """RSA (arXiv 2509.26626): a member of the next population is an aggregation of `set_size` random
-    ones. population: [P] Groups, else config.eval_traces traces -> Groups, [steps + 1][P]."""
+    """RSA (arXiv 2509.26626): a member of the next population aggregates `set_size` random ones.
+    population: [P] Groups, else config.eval_traces traces. Returns Groups, [steps + 1][P]."""
     size = config.eval_traces
     groups = population or search(policy, task, problems, config, size, generator, size)
     size, history = len(groups[0].completions), [groups]
@@ -958,7 +926,7 @@ def train_step(policy, optimizer, task, problems, state, config):
 
 
 def train(task, config, out):
-    """From the start or the newest checkpoint: evaluation, steps, evaluation. Returns the exit code."""
+    """From the newest checkpoint if any: evaluation, steps, evaluation. Returns the exit code."""
     problems = task.problems("train", config.train_problems, config.seed)
     folder, state = resume(config, out)
     longest = max(map(task.prompt, problems), key=len)

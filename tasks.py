@@ -1,4 +1,4 @@
-"""The reasoning environments, and the tokenizer of the tiny policy. A task has these methods:
+"""The reasoning environments, and tokenizers. A task has these methods:
 
     problems(split, count, seed) -> list    up to `count` distinct ones; the splits never share one
     prompt(problem) -> str                  the question, and the format of the answer
@@ -11,21 +11,20 @@ never evaluated. Run as a program, this file is the worker in which Math asks ma
 """
 
 import ast
-import contextlib
-import functools
 import json
-import random
 import re
-import signal
 import sys
 import threading
 import zlib
+from contextlib import suppress
 from fractions import Fraction
+from functools import lru_cache, partial
 from operator import add, eq, mul, sub
 from pathlib import Path
+from random import Random
 from subprocess import DEVNULL, PIPE, Popen
 
-import tiktoken
+from tiktoken import Encoding
 
 ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
 COUNTDOWN = (
@@ -43,28 +42,27 @@ AGGREGATE = (
     "right, settle their disagreements, and if all are wrong try another way. Then end with the "
     "answer in the format asked for.\n"
 )
-TABLES = Path(__file__).with_name("experiments").joinpath("spellings.txt").read_text("utf-8")
-EXPRESSION, LATEX, NUMERALS, UNITS = TABLES.split("\n\n")
+FILE = (Path(__file__).parent / "experiments/spellings.txt").read_text("utf-8")
+*TABLES, UNITS = FILE.split("\n\n")
+EXPRESSION, LATEX, NUMERALS = [re.findall(r"(\S+?)=>(\S*)", table) for table in TABLES]
 SPLITS = ("test", "validation", *["train"] * 8)
 MAX_ANSWER, MAX_DEPTH, MAX_TEXT, MAX_SECONDS = 200, 20, 20_000, 3
 
 
-class TinyTokenizer:
-    """A tiktoken encoding: integers below 1000, WORDS and role markers are single tokens."""
-
+class TinyTokenizer:  # integers below 1000, WORDS and role markers are single tokens
     def __init__(self):
-        words = [*WORDS, *map(str, range(10, 1000))]
         ranks = {bytes([byte]): byte for byte in range(256)}
-        ranks |= {word.encode(): 256 + i for i, word in enumerate(words)}
-        self.markers = [*(CANDIDATE.format(i) for i in range(1, 17)), CANDIDATE_END, AGGREGATE]
-        special = {marker: len(ranks) + i for i, marker in enumerate([*self.markers, "<end>"])}
+        for word in [*WORDS, *map(str, range(10, 1000))]:
+            ranks[word.encode()] = len(ranks)
+        self.markers = [*map(CANDIDATE.format, range(1, 17)), CANDIDATE_END, AGGREGATE]
+        special = {marker: len(ranks) + i for i, marker in enumerate(self.markers)}
         pattern = "|".join(map(re.escape, WORDS)) + r"|[0-9]{1,3}|[\s\S]"
-        self.encoding = tiktoken.Encoding(
+        self.encoding = Encoding(
             "tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
-        self.size = self.encoding.n_vocab
-        self.eos_id = special["<end>"]
+        self.eos_id = self.encoding.n_vocab  # no text is encoded as this one
         self.eos_ids = [self.eos_id]
+        self.size = self.eos_id + 1
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -73,15 +71,40 @@ class TinyTokenizer:
         return self.encoding.decode([t for t in tokens if t != self.eos_id], errors="replace")
 
     def chat(self, text):  # markers in `text` become role markers
-        return self.encoding.encode(text, allowed_special=set(self.markers), disallowed_special=())
+        return self.encoding.encode(text, allowed_special="all")
+
+
+class HubTokenizer:  # of Hugging Face: its chat template, and every token that ends a completion
+    def __init__(self, path, settings):
+        from transformers import AutoTokenizer, GenerationConfig  # the worker has no use for them
+
+        with suppress(OSError):  # no generation_config.json
+            settings = GenerationConfig.from_pretrained(path)
+        ends = settings.eos_token_id
+        try:
+            self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.eos_ids = {self.hf.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+            assert self.chat("one") != self.chat("two"), "it leaves out the message"
+        except Exception as error:  # a template is somebody else's program
+            raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
+        self.encode = partial(self.hf.encode, add_special_tokens=False)
+        self.decode = partial(self.hf.decode, skip_special_tokens=True)
+        added = self.hf.added_tokens_decoder.values()
+        self.markers = [x.content for x in added if x.special and x.content.strip()]
+
+    def chat(self, text):
+        if self.hf.chat_template:
+            turns = [{"role": "user", "content": text}]
+            return self.hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        tokens = self.hf.encode(text)
+        while tokens and tokens[-1] in self.eos_ids:  # some tokenizers end every text
+            tokens.pop()
+        return tokens
 
 
 def rewrite(text, table):
-    """Apply each rule pattern=>replacement of a table."""
-    for rule in table.split():
-        pattern, arrow, replacement = rule.partition("=>")
-        if arrow:
-            text = re.sub(pattern, replacement, text)
+    for pattern, replacement in table:
+        text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -93,10 +116,10 @@ def balanced(opening, closing):
     return pattern + "*"
 
 
-ANSWER_LINE = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*")
+ANSWER_LINE = r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*(?=(.*))"
 INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
 BARE = r"[-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])"
-BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))")
+BOX = rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}|({BARE}))"
 
 
 def after_thought(text):
@@ -105,21 +128,19 @@ def after_thought(text):
 
 def extract_answer(text):
     """What follows the last "Answer:" on its line or the next, undecorated; None: nothing."""
-    parts = ANSWER_LINE.split(after_thought(text))
-    line = parts[-1][:MAX_ANSWER].split("\n")[0] if len(parts) > 1 else ""
-    return line.rstrip(" \t\r.$*`") or None
+    *_, line = "", *re.findall(ANSWER_LINE, after_thought(text))
+    return line[:MAX_ANSWER].rstrip(" \t\r.$*`") or None
 
 
 def final_answer(text):
     r"""What the last \boxed{...} holds, else the last "Answer:" line, else ""."""
-    boxes = [match[match.lastindex] for match in BOX.finditer(after_thought(text))]
+    boxes = map("".join, re.findall(BOX, after_thought(text)))
     short = [box for box in boxes if len(box) <= MAX_ANSWER]
     return short[-1] if short else extract_answer(text) or ""
 
 
-OPERATIONS = {"+": add, "-": sub, "*": mul, "/": Fraction}
 NODES = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
-SHORT = re.compile(r"(?!.*[0-9]{10})(?!(?:[^(]*\(){21})[-+*/() 0-9]{1,200}")
+SHORT = r"(?!.*[0-9]{10})(?!(?:[^(]*\(){21})[-+*/() 0-9]{1,200}"
 
 
 def calculate(tree):
@@ -132,8 +153,8 @@ def evaluate(text):
     """(value, integers, spelling) of an expression with + - * / and parentheses; ValueError for
     anything else: over 200 characters, 9 digits or 20 parentheses, `**`, signs, division by 0."""
     try:
-        tree = ast.parse(SHORT.fullmatch(text.strip())[0], mode="eval").body
-        integers = [int(digits) for digits in re.findall("[0-9]+", text)]
+        tree = ast.parse(re.fullmatch(SHORT, text.strip())[0], mode="eval").body
+        integers = [*map(int, re.findall("[0-9]+", text))]
         return calculate(tree), integers, ast.unparse(tree).replace(" ", "")
     except (SyntaxError, TypeError, AttributeError, KeyError, ZeroDivisionError):
         raise ValueError(f"{text[:MAX_ANSWER]!r} is no short expression with + - * /") from None
@@ -141,28 +162,29 @@ def evaluate(text):
 
 def equation(text):
     """What `evaluate` says of each side of an equation; [] unless all have one value."""
-    try:
+    with suppress(ValueError):
         sides = [evaluate(side) for side in rewrite(text, EXPRESSION).split("=")]
-    except ValueError:
-        return []
-    return sides if len({value for value, _, _ in sides}) == 1 else []
+        if len({value for value, _, _ in sides}) == 1:
+            return sides
+    return []
 
 
 def apply(a, operator, b, limit):
     """a operator b as a non-negative integer up to `limit`, or None."""
     if operator == "/":
         return a // b if b and a % b == 0 else None
-    value = OPERATIONS[operator](a, b)
+    value = {"+": a + b, "-": a - b, "*": a * b}[operator]
     return value if 0 <= value <= limit else None
 
 
-def write(left, operator, right):
-    """(text, precedence) of two such pairs joined, with only the parentheses that are needed."""
-    (first, a), (second, b) = left, right
-    mine = 1 if operator in "+-" else 2
-    first = f"({first})" if a < mine else first
-    second = f"({second})" if b < mine or (b == mine and operator in "-/") else second
-    return first + operator + second, mine
+def join(left, operator, right, limit):
+    """(text, value, precedence) of two such, with the parentheses that are needed, or None."""
+    (first, a, one), (second, b, other) = left, right
+    mine = 1 + (operator in "*/")
+    first = f"({first})" if one < mine else first
+    second = f"({second})" if other < mine + (operator in "-/") else second
+    value = apply(a, operator, b, limit)
+    return None if value is None else (first + operator + second, value, mine)
 
 
 def split_of(text):  # by a checksum, for ever
@@ -172,9 +194,11 @@ def split_of(text):  # by a checksum, for ever
 class Task:
     def problems(self, split, count, seed):
         """Up to `count` distinct problems: fewer when 10,000 draws in a row bring no new one."""
-        rng, found, misses = random.Random(f"{split} {seed}"), {}, 0
+        rng, found, misses = Random(f"{split} {seed}"), {}, 0
         while len(found) < count and misses < 10_000:
-            problem = self.draw(rng)
+            problem = self.combine([rng.randint(1, self.high) for _ in range(self.size)], rng)
+            if not problem:
+                continue
             key = self.key(problem)
             misses += 1
             if split == split_of(key) and key not in found:
@@ -189,31 +213,27 @@ class Countdown(Task):  # reach a target with each given number used exactly onc
     def __init__(self, numbers=3, high=30, max_target=120):
         if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
             raise ValueError("needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
-        self.numbers, self.high, self.max_target = numbers, high, max_target
+        self.size, self.high, self.max_target = numbers, high, max_target
 
     def attempt(self, numbers, rng):
         """A random way to combine all the numbers: (steps like "3*7=21", expression, value)."""
-        items, steps = [(number, (str(number), 3)) for number in numbers], []
+        items, steps = [(str(number), number, 3) for number in numbers], []
         while len(items) > 1:
-            i, j = rng.sample(range(len(items)), 2)
+            left, right = rng.sample(items, 2)
             operator = rng.choice("++--**/")
-            (a, left), (b, right) = items[i], items[j]
-            value = apply(a, operator, b, 2 * self.max_target)
-            if value is not None:
-                steps.append(f"{a}{operator}{b}={value}")
-                rest = [item for k, item in enumerate(items) if k not in (i, j)]
-                items = [*rest, (value, write(left, operator, right))]
-        return steps, items[0][1][0], items[0][0]
+            if joined := join(left, operator, right, 2 * self.max_target):
+                steps.append(f"{left[1]}{operator}{right[1]}={joined[1]}")
+                items = [item for item in items if item is not left and item is not right]
+                items.append(joined)
+        return steps, *items[0][:2]
 
-    def draw(self, rng):
-        while True:
-            numbers = [rng.randint(1, self.high) for _ in range(self.numbers)]
-            steps, solution, target = self.attempt(numbers, rng)
-            if 1 <= target <= self.max_target and target not in numbers:
-                return {"numbers": numbers, "target": target, "steps": steps, "solution": solution}
+    def combine(self, numbers, rng):
+        steps, solution, target = self.attempt(numbers, rng)
+        if 1 <= target <= self.max_target and target not in numbers:
+            return {"numbers": numbers, "target": target, "steps": steps, "solution": solution}
 
     def question(self, text):
-        numbers = [int(digits) for digits in re.findall(r"[0-9]{1,9}", text)]
+        numbers = [*map(int, re.findall("[0-9]{1,9}", text))]
         if not 3 <= len(numbers) <= 7:
             raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
         return {"numbers": numbers[:-1], "target": numbers[-1]}
@@ -231,31 +251,29 @@ class Countdown(Task):  # reach a target with each given number used exactly onc
         return max(sides, key=lambda side: len(side[1]), default=(0, [], None))[2]
 
     def reward(self, problem, text):
-        right = problem["target"], sorted(problem["numbers"])
-        sides = equation(self.answer(text) or "")
-        return float(any((value, sorted(integers)) == right for value, integers, _ in sides))
+        value, integers, _ = evaluate(self.answer(text) or "0")  # a number alone solves nothing
+        answered = {"numbers": integers, "target": value}
+        return float(self.key(answered) == self.key(problem))
 
 
 class Arithmetic(Task):  # compute an expression of several operations
     def __init__(self, operations=3, high=20, max_value=400):
         if not 1 <= operations <= 8 or not 2 <= high <= 100 or not 10 <= max_value <= 999:
             raise ValueError("needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
-        self.operations, self.high, self.max_value = operations, high, max_value
+        self.size, self.high, self.max_value = operations + 1, high, max_value
 
-    def draw(self, rng):
-        while True:
-            numbers = [rng.randint(1, self.high) for _ in range(self.operations + 1)]
-            items, steps = [(number, (str(number), 3)) for number in numbers], []
-            while len(items) > 1:
-                i, operator = rng.randrange(len(items) - 1), rng.choice("+-*")
-                (a, left), (b, right) = items[i : i + 2]
-                value = apply(a, operator, b, self.max_value)
-                if value is None:
-                    break
-                steps.append([a, operator, b])
-                items[i : i + 2] = [(value, write(left, operator, right))]
-            else:
-                return {"expression": items[0][1][0], "value": items[0][0], "steps": steps}
+    def combine(self, numbers, rng):
+        items, steps = [(str(number), number, 3) for number in numbers], []
+        while len(items) > 1:
+            i, operator = rng.randrange(len(items) - 1), rng.choice("+-*")
+            left, right = items[i : i + 2]
+            joined = join(left, operator, right, self.max_value)
+            if not joined:
+                return
+            steps.append([left[1], operator, right[1]])
+            items[i : i + 2] = [joined]
+        expression, value, _ = items[0]
+        return {"expression": expression, "value": value, "steps": steps}
 
     def question(self, text):
         return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
@@ -269,7 +287,7 @@ class Arithmetic(Task):  # compute an expression of several operations
     def answer(self, text):
         """The integer on the answer line; without such a line the last one of the text."""
         text = after_thought(text)
-        integers = [] if ANSWER_LINE.search(text) else re.findall(INTEGER, text)
+        integers = [] if re.search(ANSWER_LINE, text) else re.findall(INTEGER, text)
         sides = equation(extract_answer(text) or "".join(integers[-1:]))
         return next((spelling for _, _, spelling in sides if spelling.isdigit()), None)
 
@@ -277,34 +295,29 @@ class Arithmetic(Task):  # compute an expression of several operations
         return float(self.answer(text) == str(problem["value"]))
 
 
-NUMBER = re.compile(
-    r"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*"
-    r"|(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{[0-9]+\})?)"
-)
+DECIMAL = r"(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{[0-9]+\})?"
+NUMBER = rf"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*|{DECIMAL})"
 # A plural s is understood. A single letter may be a variable, unless it is text
 UNIT = "|".join(UNITS.split())
 UNIT = rf'(.+?)~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{{2}}))({UNIT})(?:e?s)?\.?"?((?:\^[23])?)\.?"?'
-TEXT = re.compile(r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_')
+TEXT = r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_'
 worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
 INSIDE = balanced(r"(\[{", r")\]}")
-COMMA = re.compile(rf",(?!{INSIDE}[)\]}}])")
-GROUP = re.compile(rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])")
-NAME = re.compile(
-    r'((?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+(?![a-z])|["A-Za-z~])+(?:_\w|_\{\w+\})?(?:\([^()=]*\))?'
-    r"|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(?=.)"
-)
+COMMA = rf",(?!{INSIDE}[)\]}}])"
+GROUP = rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])"
+LETTERS = r'(?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+(?![a-z])|["A-Za-z~])+(?:_\w|_\{\w+\})?'
+NAME = rf"({LETTERS}(?:\([^()=]*\))?|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(.+)"
 
 
 def number(text):
     """A number in lowest terms; "" for anything else."""
     plain = rewrite(text, NUMERALS)
-    if not NUMBER.fullmatch(plain):
+    if not re.fullmatch(NUMBER, plain):
         return ""
     digits, _, period = plain.strip("+-}").partition(r"\overline{")
     value = sum(map(Fraction, digits.split("~")))
     if period:
-        places = len(digits.partition(".")[2])
-        value += Fraction(int(period), (10 ** len(period) - 1) * 10**places)
+        value += Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(digits.partition(".")[2])
     return str(-value if plain[0] == "-" else value)
 
 
@@ -312,58 +325,56 @@ def parse(text, table=LATEX):
     """[name, value, unit] with a number, text behind a quotation mark, or LaTeX as value. Of a list
     [name, nodes, brackets]: {} of a set, and of a bare list of anything but words."""
     text = rewrite(text, table)
-    found = GROUP.fullmatch(text)
-    brackets = found[1] + found[3] if found else "()" if TEXT.search(text) else "{}"
-    parts = COMMA.split(found[2] if found else text)
+    found = re.fullmatch(GROUP, text)
+    brackets = found[1] + found[3] if found else "()" if re.search(TEXT, text) else "{}"
+    parts = re.split(COMMA, found[2] if found else text)
     if len(parts) > 1:
-        nodes = [parse(part, "") for part in parts]
+        nodes = [parse(part, ()) for part in parts]
         if brackets == "{}":  # in one order: numbers first
             nodes.sort(key=lambda node: ("\\" in str(node), str(node)))
         return [None, nodes, brackets]
     if found:
-        return parse(found[2], "")
-    if found := NAME.match(text):
-        return [found[1].rstrip('"').casefold(), *parse(text[found.end() :], "")[1:]]
+        return parse(found[2], ())
+    if found := re.fullmatch(NAME, text):
+        return [found[1].rstrip('"').casefold(), *parse(found[2], ())[1:]]
     unit = ""
     if found := re.fullmatch(UNIT, text):
         text, unit = found[1], found[2] + found[3]
-    if value := number(text):
-        text = value
-    elif TEXT.search(text):
-        text = '"' + re.sub(r'["{}~]', "", text).casefold()
-    return [None, text, unit]
+    value = number(text)
+    if not value and re.search(TEXT, text):
+        value = '"' + re.sub(r'["{}~]', "", text).casefold()
+    return [None, value or text, unit]
 
 
 def spell(node):
     """One spelling for all answers with the value of the node."""
     _, value, brackets = node
     if isinstance(value, list):
-        return brackets[0] + ", ".join(map(spell, value)) + brackets[1]
+        return ", ".join(map(spell, value)).join(brackets)  # which go around it
     return value.lstrip('"')
 
 
 def agree(right, answer, same):
     """Whether nodes are equal, by same(a, b) of values; name and unit unless they are missing."""
-    (name, value, unit), (other_name, other_value, other_unit) = right, answer
-    if name == other_value or other_name == value:  # (B) 12 is as right as B
+    names, (value, other), units = zip(right, answer, strict=True)
+    if names[0] == other or names[1] == value:  # (B) 12 is as right as B
         return True
-    for one, other in ((name, other_name), (unit, other_unit)):
-        if one and other and one != other:
-            return False
-    if isinstance(value, list) and len(value) == len(other_value):
-        return all(agree(*pair, same) for pair in zip(value, other_value, strict=True))
-    return same(value, other_value)
+    if any(a and b and a != b for a, b in (names, units)):
+        return False
+    if type(value) is type(other) is list and len(value) == len(other):
+        return all(agree(*pair, same) for pair in zip(value, other, strict=True))
+    return same(value, other)
 
 
-@functools.lru_cache(maxsize=100_000)  # the completions of a problem mostly agree
+@lru_cache(100_000)  # the completions of a problem mostly agree
 def equivalent(right, answer):
     """The worker's verdict on two answers; False when it dies of it, or isn't there."""
     global worker
-    with lock, contextlib.suppress(OSError):
+    with lock, suppress(OSError):
         process, worker = worker, None  # an interrupt loses the process, and with it a late reply
         if process is None or (process and process.poll() is not None):
             pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True}
-            process = Popen([sys.executable, __file__], **pipes, start_new_session=True)
+            process = Popen([sys.executable, "-u", __file__], **pipes, start_new_session=True)
             if not process.stdout.readline():
                 process.wait()
                 process = False
@@ -373,75 +384,65 @@ def equivalent(right, answer):
             print(json.dumps([right, answer]), file=process.stdin, flush=True)
             reply = process.stdout.readline() or process.wait()
         worker = process
-        return reply == "1\n"
+        return reply == "True\n"
     return False
 
 
-def exact_library():
-    """same(right, answer) of values, by math-verify without its tolerances, and without eval."""
-    import math_verify
-    import sympy.physics.units  # reads texts by eval when first imported
+def library(right, answer):
+    """Whether two values are equal by math-verify, as serve() changes it."""
+    from math_verify import parser, verify
 
-    def read_number(text, **options):
-        return sympy.Rational(text)
+    spelled = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")  # numbers, or text
+    if right == answer or spelled or ("=" in right) != ("=" in answer):
+        return right == answer
+    pair = [parser.parse_latex_cached(text.replace("~", " ")) for text in (right, answer)]
+    return verify(*pair, timeout_seconds=None)
+
+
+def serve():
+    """The worker: a verdict a line [right, answer], without tolerances, eval, and long thought."""
+    import resource  # not on Windows, where the alarm is missing as well
+    from signal import alarm
+
+    replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
+    alarm(60)
+    import sympy.physics.units  # reads texts by eval when first imported
+    from math_verify import grader
 
     def equal(a, b, *tolerances):
         return all(entry.equals(0) for entry in sympy.Matrix([(a - b).doit()]))
 
-    def same(right, answer):
-        spelled = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")  # numbers, or text
-        if right == answer or spelled or ("=" in right) != ("=" in answer):
-            return right == answer
-        read = math_verify.parser.parse_latex_cached
-        pair = [read(text.replace("~", " ")) for text in (right, answer)]
-        return math_verify.verify(*pair, timeout_seconds=None)
-
-    sympy.parsing.sympy_parser.parse_expr = (
-        read_number  # without it sympy reads even numbers by eval
-    )
-    math_verify.grader.sympy_numeric_eq = equal
-    math_verify.grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
-    assert same(r"\frac{1}{2}+x", "x+0.5")
-    return same
-
-
-def serve():
-    """The worker: 1 or 0 for each line [right, answer]. An alarm ends it when a pair takes long."""
-    import resource  # not on Windows, where the alarm is missing as well
-
-    replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
-    signal.alarm(60)
-    same = exact_library()
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    signal.alarm(0)
-    print("ready", file=replies, flush=True)
+    # without this, sympy reads even numbers by eval
+    sympy.parsing.sympy_parser.parse_expr = lambda text, **options: sympy.Rational(text)
+    grader.sympy_numeric_eq = equal
+    grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
+    assert library(r"\frac{1}{2}+x", "x+0.5")
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, [4 << 30] * 2)
+    alarm(0)
+    print(file=replies)  # ready
     for line in sys.stdin:
-        signal.alarm(MAX_SECONDS)
+        alarm(MAX_SECONDS)
         verdict = False
-        with contextlib.suppress(Exception):  # LaTeX that the library can't read
-            verdict = agree(*map(parse, json.loads(line)), same)
-        signal.alarm(0)
-        print(int(verdict), file=replies, flush=True)
+        with suppress(Exception):  # LaTeX that the library can't read
+            verdict = agree(*map(parse, json.loads(line)), library)
+        alarm(0)
+        print(verdict, file=replies)
 
 
-class Math:
-    """Problems of a JSONL file; a checksum decides on the split, unless a row does."""
-
+class Math:  # problems of a JSONL file; a checksum decides on the split, unless a row does
     def __init__(self, path=""):
         self.path, self.rows = path, {}
         lines = Path(path).read_bytes().split(b"\n") if path else []  # none: for `question` alone
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    row = self.row(line)
-                    self.rows.setdefault(row["problem"], row)
+                    self.add(json.loads(line, parse_float=str))  # 0.10 stays as it is written
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 raise ValueError(f"{path} line {number}: {reason}") from None
 
-    def row(self, line):
-        row = json.loads(line, parse_float=str)  # 0.10 stays as it is written
+    def add(self, row):
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
         if type(row.get("answer")) is int:
@@ -450,17 +451,15 @@ class Math:
             text = row.get(name)
             if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
                 raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')
-        row = {"split": split_of(row["problem"]), **row}
-        if row["split"] not in SPLITS:
+        if row.setdefault("split", split_of(row["problem"])) not in SPLITS:
             raise ValueError('"split" must be "train", "validation" or "test"')
-        return row
+        self.rows.setdefault(row["problem"], row)
 
     def problems(self, split, count, seed):
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
-            part = f'in the split "{split}", of {len(self.rows)} in all'
-            raise ValueError(f"task math: --data {self.path or '(none)'} has no problem {part}")
-        random.Random(f"{split} {seed}").shuffle(rows)
+            raise ValueError(f"math: --data {self.path} has no problem in the split {split!r}")
+        Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 
     def question(self, text):

@@ -454,7 +454,7 @@ def all_of(groups):
 
 
 def completion(**fields):
-    return spiral.Completion(0, 0, 0.0, **fields)
+    return spiral.Completion(0, 0, 0.0, None, **fields)
 
 
 def toy_groups(policy, temperature=1.0):
@@ -621,7 +621,7 @@ def make_tokenizer(folder, template=TEMPLATE):
         tokenizer_object=backend, eos_token="<|im_end|>", chat_template=template
     )
     tokenizer.save_pretrained(folder)
-    return spiral.HubTokenizer(folder, SimpleNamespace(eos_token_id=[END, 11]))
+    return tasks.HubTokenizer(folder, SimpleNamespace(eos_token_id=[END, 11]))
 
 
 @pytest.fixture(scope="session")
@@ -1384,6 +1384,7 @@ def test_fuzzed_completions_get_a_reward_of_zero_or_one(no_library):
             rewards.add(reward)
             assert reward == 0.0 or task.answer(text)
     assert rewards == {0.0, 1.0}
+    assert not is_right("1,2", "12")  # a list, and a text of its length
 
 
 def test_expressions_have_the_value_that_python_gives_them():
