@@ -201,7 +201,7 @@ def rollout(shrink):
     def run(seed):
         generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
         mine = problems[seed * count : (seed + 1) * count]
-        spiral.rollout(policy, task, mine, config, generators)
+        spiral.rollout(policy, task, mine, config, generators, torch.arange(5) / 4)
 
     compare_sampling("rollout", policy, run)
 
@@ -233,7 +233,7 @@ def update(shrink):
         torch.manual_seed(count)
         prompt = sum(random_tokens(256 // shrink, 1024 // shrink, 4), [])
         rows = random_tokens(low // shrink, high // shrink, count)
-        completions = [spiral.Completion(0, 0, [], 0, row, row, advantage=1) for row in rows]
+        completions = [spiral.Completion(0, 0, 0, None, 1, row, row, advantage=1) for row in rows]
         ways = [spiral.Group(prompt, completions)], [spiral.Group(prompt, [c]) for c in completions]
         tokens = sum(map(len, rows))
 
@@ -308,7 +308,7 @@ def our_step(model):
         for c in sum(completions, []):
             c.reward = reward(policy.tokenizer.decode(c.tokens))
         advantages = spiral.grpo_advantages(spiral.rewards_of(groups))
-        spiral.set_advantages(groups, advantages, 0)
+        spiral.assign_advantages(groups, advantages, 0)
         spiral.update(policy, optimizer, groups, 4, config)
 
     for _ in range(2):

@@ -1,7 +1,7 @@
 """How noisy is each credit of search? Measured on fixed weights (paper.md section 7).
 
     python experiments/gradient_noise.py                                   # the start policy
-    python experiments/gradient_noise.py --model runs/X/step-60 --name "after training"
+    python experiments/gradient_noise.py --model runs/X/step-00060 --name "after training"
     python experiments/plot.py --table noise                               # the table
 
 Per problem and rollout: 8 traces, the gradient of each, and four aggregations of *every* set of 4
@@ -56,11 +56,10 @@ def roll_out(policy, task, problem, config, rollouts, generator):
     gradients = torch.stack(gradients)
     products = (gradients @ gradients.T).view(rollouts, N1, rollouts, N1)
     rewards = spiral.rewards_of([group]).view(rollouts, N1)
-    texts, sets = [c.text for c in group.completions], []
+    sets = []
     for start in range(0, count, N1):
-        sets += [[texts[start + j] for j in chosen] for chosen in SETS]
-    owners = [problem] * len(sets)
-    answers = spiral.aggregate(policy, task, owners, sets, config, N2, generator)
+        sets += [[start + j for j in chosen] for chosen in SETS]
+    (answers,) = spiral.aggregate(policy, task, [problem], [group], [sets], config, N2, generator)
     scores = spiral.rewards_of(answers).view(rollouts, len(SETS), N2)
     tokens = sum(len(c.tokens) for c in group.completions) / rollouts
     lengths = [len(c.tokens) for answer in answers for c in answer.completions]

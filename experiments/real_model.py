@@ -10,6 +10,7 @@ first seed before the next one begins.
 """
 
 import argparse
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -75,7 +76,7 @@ def run(name, seed, args):
     how = replace(config, algo="spiral"), [generator], torch.zeros(5)
     shown = spiral.rollout(policy, task, held_out[:1], *how)
     row = {"name": name, "seed": seed, "config": asdict(config), "steps": steps, "scores": scores}
-    return {**row, "transcript": spiral.transcript(task, shown)}
+    return {**row, "transcript": spiral.transcript(task, shown[0])}
 
 
 def read_rows():
@@ -130,9 +131,10 @@ def main(arguments=None):
     for seed, name in itertools.product(range(3), RIVALS):
         piece = args.out / f"{name}-{seed}"
         piece.mkdir(exist_ok=True)
+        locked = (piece / "lock").open("w")
         try:
-            locked = spiral.lock(piece)
-        except AssertionError:  # another process is at it
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process is at it
             continue
         if (name, seed) not in [(row["name"], row["seed"]) for row in read_rows()]:
             print(f"==== {name}, seed {seed} ====", flush=True)

@@ -28,7 +28,7 @@ RUN = """--task=arithmetic:operations=1 --steps=4 --problems=2 --max_draws=1 --n
     --set_size=2 --num_sets=2 --num_aggregations=2 --save_every=1 --eval_problems=0
     --train_problems=40 --max_trace_tokens=16 --max_aggregation_tokens=16 --rows=16
     --max_prompt_tokens=256""".split()
-FILES = ["metrics.jsonl", "step-4/model.safetensors", "step-4/optimizer.pt"]
+FILES = ["metrics.jsonl", "step-00004/model.safetensors", "step-00004/optimizer.pt"]
 PIECES = r"Answer: @\boxed{@\frac@{@}@(@)@9@23@**@+@-@*@/@=@^@_@1/0@$@%@\@,000@.@٣@²@none@x@ @"
 PIECES = [*PIECES.split("@"), "\n", "\0"]
 

@@ -54,6 +54,7 @@ RIVALS = {
     "curve": ["--search-credit", "curve"],
     "pass": ["--search-credit", "pass"],
 }
+POPULATION = 8  # of recursion
 FILES = ("evaluation.jsonl", "tuning.jsonl")
 PARTS = ("tune", "main", "depth", "lattice")
 FULL = {
@@ -87,30 +88,28 @@ def second_level():
     """Sets of the first level's aggregations are aggregated too, for rewards of their own."""
     rollout, counts, transcript = spiral.rollout, spiral.response_counts, spiral.transcript
 
-    def two_levels(policy, task, problems, config, generators, curve=None):
+    def two_levels(policy, task, problems, config, generators, curve):
         records = rollout(policy, task, problems, config, generators, curve)
-        num_sets, many = config.num_sets, config.num_aggregations
-        owners, sets, theirs = [], [], []
+        many, groups, sets = config.num_aggregations, [], []
         for record, generator in zip(records, generators, strict=True):
-            texts = [c.text for group in record.aggregations for c in group.completions]
-            drawn = spiral.draw_sets(len(texts), config.set_size, num_sets, generator)
-            sets += [[texts[j] for j in members] for members in drawn.tolist()]
-            owners += [record.problem] * num_sets
-            theirs += [generator] * num_sets
-        answers = spiral.aggregate(policy, task, owners, sets, config, many, theirs)
-        rewards = spiral.rewards_of(answers).view(len(records), num_sets, many)
+            completions = [c for group in record.aggregations for c in group.completions]
+            groups.append(spiral.Group([], completions))
+            sizes = len(completions), config.set_size, config.num_sets
+            sets.append(spiral.draw_sets(*sizes, generator))
+        answers = spiral.aggregate(policy, task, problems, groups, sets, config, many, generators)
+        rewards = torch.stack([*map(spiral.rewards_of, answers)])
         advantages = spiral.aggregation_advantages(rewards)
-        spiral.set_advantages(answers, advantages, config.target_length)
-        for i, record in enumerate(records):
-            record.aggregations += answers[i * num_sets : (i + 1) * num_sets]
+        spiral.assign_advantages(sum(answers, []), advantages, config.target_length)
+        for record, more in zip(records, answers, strict=True):
+            record.aggregations += more
         return records
 
-    def first_level(records):
-        return [replace(r, aggregations=r.aggregations[: len(r.sets)]) for r in records]
+    def first_level(record):
+        return replace(record, aggregations=record.aggregations[: len(record.sets)])
 
     spiral.rollout = two_levels
-    spiral.response_counts = lambda records, n: counts(first_level(records), n)
-    spiral.transcript = lambda task, records: transcript(task, first_level(records))
+    spiral.response_counts = lambda records, n: counts([*map(first_level, records)], n)
+    spiral.transcript = lambda task, record: transcript(task, first_level(record))
 
 
 # ---- A piece of work: a dict, done by a process of its own ---------------------------------------
@@ -158,6 +157,7 @@ def train_piece(piece, folder):
 
     spiral.train_step = train_step
     arguments = ["--seed", str(piece["seed"]), "--out", str(folder), "--steps", "1000000"]
+    arguments += ["--eval-problems", "0"]
     code = spiral.main([*arguments, *piece["options"]])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the evaluation at once
     return code
@@ -168,7 +168,7 @@ def checkpoint_of(piece, folder):
     if not piece["tokens"]:
         return spiral.TINY
     rows = read(folder / "metrics.jsonl")
-    whole = folder / f"step-{len(rows)}" / "state.json"
+    whole = folder / f"step-{len(rows):05d}" / "state.json"
     return whole.parent if whole.exists() and sampled_tokens(rows) >= piece["tokens"] else None
 
 
@@ -193,7 +193,7 @@ def evaluate_piece(piece, checkpoint):
     for k in (2**i for i in range(count.bit_length())):
         subsets = rewards.view(len(problems), k, count // k)
         hits[k] = subsets.amax(1).sum(1).int().tolist()
-    rsa, votes, stride = [], [], count // config.population
+    rsa, votes, stride = [], [], count // POPULATION
     for number in range(sizes["generators"]):
         first = number * stride // sizes["generators"]
         start = [spiral.Group([], group.completions[first::stride]) for group in traces]
@@ -211,7 +211,7 @@ def evaluate_piece(piece, checkpoint):
         "hits": hits,
         "rsa": rsa,  # [generators][steps + 1][P], of `population`
         "votes": votes,  # the same, 0 or 1
-        "population": config.population,
+        "population": POPULATION,
         "trace_length": tokens / len(completions),
         "trace_entropy": -sum(sum(c.logprobs) for c in completions) / tokens,
         "cpu_s": round(time.process_time() - began, 1),
