@@ -298,7 +298,7 @@ def trl_step(model):
 
 def our_step(model):
     """The same here."""
-    config = spiral.Config(model=model, rows=32, max_prompt_tokens=64)
+    config = spiral.Config(model=model, rows=32, max_prompt_tokens=400)
     policy = spiral.load_policy(config)
     optimizer = spiral.make_optimizer(policy.model, config.lr)
     prompts = [policy.tokenizer.chat(text) for text in SUMS]
