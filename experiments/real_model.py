@@ -92,28 +92,45 @@ def interval(values):
     return f"{statistics.mean(values):.2f} ± {half:.2f}"
 
 
+SCORES = "pass@1,pass@8,majority@8,aggregate@4,emergent,rsa step 1,entropy,truncated".split(",")
+
+
+def table(rows):
+    """Markdown. emergent: right answers from four wrong traces, of all such sets."""
+    of = {name: [row["scores"] for row in rows if row["name"] == name] for name in RIVALS}
+    of = {f"{name} ({len(scores)})": scores for name, scores in of.items() if scores}
+    lines = ["| (seeds) | " + " | ".join(of) + " |", "|---" * (1 + len(of)) + "|"]
+    for score in SCORES:
+        cells = []
+        for scores in of.values():
+            values = [seed[score] for seed in scores]
+            if score == "emergent":
+                values = [seed[score] / seed["hopeless sets"] for seed in scores]
+            cells.append(interval(values))
+        lines.append(f"| {score} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def report():
-    """Prints a Markdown table and transcripts, draws reward against tokens."""
+    """Prints the table and a transcript of each, draws reward against tokens."""
     from matplotlib import pyplot
 
-    of = {name: [row for row in read_rows() if row["name"] == name] for name in RIVALS}
-    of = {name: rows for name, rows in of.items() if rows}
-    print("| | " + " | ".join(of) + " |\n|---" * (1 + len(of)) + "|")
-    for score in of["base"][0]["scores"]:
-        cells = [interval([row["scores"][score] for row in rows]) for rows in of.values()]
-        print(f"| {score} | " + " | ".join(cells) + " |")
+    rows = read_rows()
+    print(table(rows))
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    colours = {name: f"C{i}" for i, name in enumerate(RIVALS)}
     for axis, role in zip(axes, ("search", "aggregation"), strict=True):
-        for i, rows in enumerate(of.values()):
-            for row in rows:
-                tokens = [step["tokens"] for step in row["steps"]]
-                rewards = [step[role]["reward"] for step in row["steps"]]
-                axis.plot(tokens, rewards, f"C{i}", label=row["name"] if row["seed"] == 0 else None)
+        for row in rows:
+            tokens = [step["tokens"] for step in row["steps"]]
+            rewards = [step[role]["reward"] for step in row["steps"]]
+            label = row["name"] if row["seed"] == 0 and tokens else None
+            axis.plot(tokens, rewards, colours[row["name"]], label=label)
         axis.set(title=role, xlabel="sampled tokens", ylabel="reward")
     axes[0].legend()
     figure.savefig(ROWS.with_suffix(".png"), bbox_inches="tight")
-    for name, rows in of.items():
-        print(f"\n==== {name} ====\n{rows[0]['transcript']}")
+    for row in rows:
+        if row["seed"] == 0:
+            print(f"\n==== {row['name']} ====\n{row['transcript']}")
 
 
 def main(arguments=None):
