@@ -400,8 +400,7 @@ def sample(
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order; if balanced, each trace in K n / N1 of them. Raises ValueError when it finds none."""
-    # Balanced: whole permutations in a row, cut into sets. Else a set is a permutation's beginning.
-    # What isn't distinct is drawn again as a whole: so every choice of sets is equally likely
+    # Balanced: whole permutations, cut into sets. Drawn again as a whole, all choices are as likely
     total, used = num_sets * set_size, num_traces if balanced else set_size
     possible = set_size <= num_traces and total % used == 0
     for _ in range(1000 * possible):
@@ -410,8 +409,7 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
         distinct = {frozenset(members) for members in sets.tolist()}
         if sum(map(len, distinct)) == total:
             return sets
-    kind = "balanced" if balanced else "distinct"
-    raise ValueError(f"no {num_sets} {kind} sets of {set_size} of {num_traces} traces found")
+    raise ValueError(f"no {num_sets} such sets of {set_size} of {num_traces} traces: --balanced?")
 
 
 def neutralise(text, markers):
@@ -864,7 +862,9 @@ def evaluate(policy, task, problems, config, generator):
     how = config, found, config.rsa_steps, generator
     for step, groups in enumerate(recursive_self_aggregation(policy, task, problems, *how)):
         scores[f"rsa step {step}"] = rewards_of(groups)
-    return {name: x.float().mean().item() for name, x in scores.items()} | statistics(found)
+    stats = statistics(found)
+    del stats["reward"], stats["tokens"]
+    return {name: x.float().mean().item() for name, x in scores.items()} | stats
 
 
 # ---- Training. Checkpoints are Hugging Face folders; randomness comes from seed and step ----
