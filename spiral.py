@@ -85,7 +85,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bf16 trains fp32 copies
     lora_rank: int = 0  # train LoRA adapters of this rank (peft); 0: all weights
     eval_problems: int = 200  # held-out problems of the table; 0: no evaluation
-    eval_traces: int = 16  # traces per held-out problem, and population of RSA
+    eval_traces: int = 8  # traces per held-out problem, and population of RSA
     rsa_steps: int = 2  # steps of recursive self-aggregation (RSA)
     save_every: int = 10  # steps between checkpoints, and between printed transcripts
     ask: str = ""  # answer this and stop: "4 9 13 61" to reach 61 with 4, 9 and 13

@@ -95,12 +95,12 @@ def interval(values):
 SCORES = "pass@1,pass@8,majority@8,aggregate@4,emergent,rsa step 1,entropy,truncated".split(",")
 
 
-def table(rows):
+def table(rows, names=RIVALS, scores_shown=SCORES):
     """Markdown. emergent: right answers from four wrong traces, of all such sets."""
-    of = {name: [row["scores"] for row in rows if row["name"] == name] for name in RIVALS}
+    of = {name: [row["scores"] for row in rows if row["name"] == name] for name in names}
     of = {f"{name} ({len(scores)})": scores for name, scores in of.items() if scores}
     lines = ["| (seeds) | " + " | ".join(of) + " |", "|---" * (1 + len(of)) + "|"]
-    for score in SCORES:
+    for score in scores_shown:
         cells = []
         for scores in of.values():
             values = [seed[score] for seed in scores]

@@ -70,6 +70,13 @@ def test_presets(path):
     assert spiral.parse_config([f"@{path}"]).lora_rank
 
 
+def test_the_tables_of_the_real_model_are_those_of_the_raw_rows():
+    rows, few = real_model.read_rows(), ("base", "grpo", "spiral curve", "spiral pass")
+    shown = real_model.table(rows, few, ("pass@1", "aggregate@4", "rsa step 1"))
+    assert shown in (HERE.parent / "README.md").read_text()
+    assert real_model.table(rows) in (HERE / "README.md").read_text()
+
+
 def test_real_model(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft"), pytest.importorskip("matplotlib")
     monkeypatch.setattr(real_model, "ROWS", tmp_path / "rows.jsonl")
