@@ -2,7 +2,8 @@
 
 One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it
 *aggregates*: for each of K sets G_k of n traces it writes N2 final answers z_km that read them.
-Only these are rewarded (r_km, by the task's verifier). The objective, and its gradient:
+Only these count (r_km, by the task's verifier); the default asks it about traces too, see
+search_credit() and search_weight. The objective, and its gradient:
 
     J(theta) = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
     grad J   = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]    search term: how useful was my set?
@@ -12,8 +13,7 @@ Only these are rewarded (r_km, by the task's verifier). The objective, and its g
     python spiral.py --algo grpo          # the baseline, as many completions
     python spiral.py --model runs/spiral-countdown-0/step-00030 --steps 0    # evaluate a checkpoint
 
-Simplified on purpose: no critic, reward model, KL term, paged cache or asynchronous rollouts, since
-none is part of the method. Read on: policy, sampler, sets, advantages, update, rollout, evaluation.
+Simplified on purpose: no critic, reward model, KL term, paged cache or asynchronous rollouts.
 """
 
 import inspect
@@ -63,9 +63,9 @@ class Config:
     num_sets: int = 4  # K: sets per problem
     num_aggregations: int = 4  # N2: aggregation traces per set
     balanced: bool = True  # every trace in equally many sets; off: sets drawn uniformly
-    published: bool = False  # the paper's self-inclusive baselines, not leave-one-out
+    published: bool = False  # the paper's self-inclusive baselines: with set credit, weight 1
     search_weight: float = 0.2  # of the search term; 1, with set credit, is the exact gradient of J
-    lattice: bool = False  # training traces of a problem don't repeat: see draw_codes()
+    lattice: bool = False  # training traces of a problem spread over the CDF: draw_codes()
     steps: int = 30  # training steps; 0: evaluate only
     problems: int = 16  # problems per step with an advantage that is not zero
     max_draws: int = 2  # draw at most this many times `problems` to find them
@@ -160,7 +160,7 @@ def load_policy(config, question=""):
         rank = config.lora_rank
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
-        # Views into a file are aligned otherwise than fresh memory, and then round otherwise
+        # Weights mapped from a file are aligned differently, and kernels then round differently
         parameter.data = parameter.data.clone()
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # eval for good: no dropout
@@ -229,8 +229,8 @@ class Memory:
         pairs = settings.num_hidden_layers, 2  # keys, values
         zeros = partial(torch.zeros, *pairs, dtype=model.dtype, device=model.device)
         self.own = zeros(rows, heads, new_tokens, width)
-        self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is nobody's
-        self.graphs = {}  # their scratch memory is shared:
+        self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is replay()'s
+        self.graphs = {}  # which share scratch memory, the pool
         self.pool = torch.cuda.graph_pool_handle() if self.own.is_cuda else None
 
 
@@ -250,10 +250,10 @@ def draw_tokens(logits, codes):
     log-probs, what is left of the codes: where in its token's slice each fell, uniform again."""
     logprobs = logits.log_softmax(-1)  # [B, V]
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    targets = (codes * cdf[:, -1])[:, None]
-    tokens = torch.searchsorted(cdf, targets, right=True).clamp_(max=logits.shape[-1] - 1)  # [B, 1]
+    heights = (codes * cdf[:, -1])[:, None]
+    tokens = torch.searchsorted(cdf, heights, right=True).clamp_(max=logits.shape[-1] - 1)  # [B, 1]
     logprob = logprobs.gather(-1, tokens)
-    above, width = cdf.gather(-1, tokens) - targets, logprob.exp()  # slice: above the code, in all
+    above, width = cdf.gather(-1, tokens) - heights, logprob.exp()  # its slice: above the code, all
     left = (1 - above / width).clamp(0, 1 - 2**-53)
     return torch.cat([tokens, logprob, left], 1).T
 
@@ -271,20 +271,20 @@ def prefill(policy, prompts, first):
     hidden_states(policy.model, tokens, attend)
 
 
-def decode(policy, active, held, prompts, places, temperature, lattice):
-    """A token for each row of `active`. held: the prompts in memory; places: rows a prompt has."""
+def decode(policy, active, held, prompts, num_samples, temperature, lattice):
+    """A token for each row of `active`. held: prompts in memory, of `num_samples` rows each."""
     inputs = []
     for row in active:
         prompt, step = prompts[row.prompt], len(row.tokens)
         last = (row.tokens or prompt)[-1]
-        slot = held.index(row.prompt) * places + row.place
+        slot = held.index(row.prompt) * num_samples + row.place
         # Below 1 / lattice a slice of the CDF holds one code at most: a fresh uniform is as good
         code = row.code if row.chance * lattice > 1 else row.random.random()
         inputs.append([last, step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
     columns = int(inputs[2].max()), int(inputs[1].max()) + 1  # in use: of prompts, of rows
-    step = replay if policy.memory.pool else decode_step
-    outputs = step(policy, inputs, (len(held), *columns, places), temperature)
+    forward = replay if policy.memory.pool else decode_step
+    outputs = forward(policy, inputs, (len(held), *columns, num_samples), temperature)
     for row, (token, logprob, row.code) in zip(active, outputs.T.tolist(), strict=True):
         row.tokens.append(int(token))
         row.logprobs.append(logprob)
@@ -294,23 +294,24 @@ def decode(policy, active, held, prompts, places, temperature, lattice):
 
 def decode_step(policy, inputs, shape, temperature):
     """inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in memory, slot, code ->
-    what draw_tokens() gives. shape: prompts, their columns, columns of rows, places to read. To
-    read a prompt once for all of its rows, these wait in a grid [U, places], in slot u * places +
-    place. Looks at no value: it can be a CUDA graph."""
-    count, prompt_columns, own_columns, places = shape
+    what draw_tokens() gives. shape: prompts, their columns, columns of rows, num_samples. To read a
+    prompt once for all of its rows, these wait in a grid [U, num_samples] of slots. Looks at no
+    value: it can be a CUDA graph."""
+    count, prompt_columns, own_columns, num_samples = shape
     tokens, steps, lengths, slots = inputs[:4].long()
     prompts = policy.memory.prompts[:, :, :count, :, :prompt_columns]  # [layers, 2, U, kv, L, D]
     own = policy.memory.own[:, :, : len(slots), :, :own_columns]  # [layers, 2, B, kv, T, D]
     start, sizes = prompts.shape[4], (prompts.shape[4], own.shape[4])  # L, T
-    rows, column = torch.arange(len(slots)).to(slots), torch.arange(sum(sizes)).to(slots)
+    index = torch.arange(len(slots) + sum(sizes), device=slots.device)
+    rows, column = index[: len(slots)], index[: sum(sizes)]
     seen = torch.where(column < start, column < lengths[:, None], column <= start + steps[:, None])
     bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
 
     def with_prompts(equation, x, held):
         """einsum of rows [B, kv, G, C] with what is held [U, kv, L, D] of their prompts."""
-        grid = x.new_zeros(len(held) * places, *x.shape[1:])
+        grid = x.new_zeros(len(held) * num_samples, *x.shape[1:])
         grid[slots] = x
-        grid = grid.unflatten(0, (-1, places))  # [U, places, kv, G, C]
+        grid = grid.unflatten(0, (-1, num_samples))  # [U, num_samples, kv, G, C]
         return torch.einsum(equation, grid, held).flatten(0, 1)[slots]
 
     def attend(layer, query, key, value):  # [B, H, 1, D] -> [B, 1, H, D]
@@ -331,13 +332,13 @@ def decode_step(policy, inputs, shape, temperature):
 def replay(policy, inputs, shape, temperature):
     """decode_step as a CUDA graph. Sizes are rounded up to powers of two: few graphs; the rows that
     this adds decode garbage in the last slot, of a prompt that nobody has."""
-    memory, (prompts, *columns, places), rows = policy.memory, shape, inputs.shape[1]
-    size, *shape = [1 << (n - 1).bit_length() for n in (rows, prompts + 1, *columns)]
+    memory, (prompts, *columns, num_samples), rows = policy.memory, shape, inputs.shape[1]
+    size, *rounded = [1 << (n - 1).bit_length() for n in (rows, prompts + 1, *columns)]
     padded = inputs.new_zeros(5, memory.own.shape[2])[:, :size]
     padded[3] = -1  # the last slot
     padded[:, :rows] = inputs
-    key = size, *shape, places, temperature
-    step = partial(decode_step, policy, shape=key[1:5], temperature=temperature)
+    key = size, *rounded, num_samples, temperature
+    step = partial(decode_step, policy, shape=(*rounded, num_samples), temperature=temperature)
     if key not in memory.graphs and len(memory.graphs) < 128:  # some 20 MB each
         graph = torch.cuda.make_graphed_callables(step, (padded.clone(),), pool=memory.pool)
         memory.graphs[key] = graph
@@ -362,7 +363,7 @@ def sample(
     each for an equal part of the prompts. lattice: so many of a prompt's completions share one.
     Raises AssertionError for an empty prompt, and for what memory doesn't hold."""
     memory = policy.memory
-    places, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is nobody's
+    most_held, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is replay()'s
     lengths, columns = [len(prompt) for prompt in prompts], memory.prompts.shape[4]
     assert min(lengths, default=0) > 0, "sample needs at least one prompt, and a token in each"
     fits = max(lengths) <= columns and max_new_tokens <= memory.own.shape[4] and num_samples <= rows
@@ -376,8 +377,8 @@ def sample(
     active, held = [], []
     progress = tqdm(total=len(prompts) * num_samples, desc="sampling", delay=5, leave=False)
     while waiting or active:
-        room = min((rows - len(active)) // num_samples, places - len(held))  # for prompts
-        if waiting and 4 * room >= min(rows // num_samples, places):  # small batches are slow
+        room = min((rows - len(active)) // num_samples, most_held - len(held))  # for prompts
+        if waiting and 4 * room >= min(rows // num_samples, most_held):  # small batches are slow
             new, waiting = waiting[:room], waiting[room:]
             prefill(policy, [prompts[i] for i in new], len(held))
             held += new
@@ -400,7 +401,7 @@ def sample(
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order; if balanced, each trace in K n / N1 of them. Raises ValueError when it finds none."""
-    # Balanced: whole permutations, cut into sets. Drawn again as a whole, all choices are as likely
+    # Balanced: whole permutations, cut into sets. All is drawn again until no set comes twice
     total, used = num_sets * set_size, num_traces if balanced else set_size
     possible = set_size <= num_traces and total % used == 0
     for _ in range(1000 * possible):
@@ -486,7 +487,7 @@ def curve_advantages(trace_rewards, curve, set_size):
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
     def mean_score(m, size, r):
-        """Of a trace of reward r with all sets of `size` others, m of all of which are right."""
+        """Of all sets of `size` other traces (m are right in all), with r more right ones."""
         ways = [comb(m, c) * comb(many - 1 - m, size - c) for c in range(size + 1)]
         return torch.tensor(ways) / sum(ways) @ curve[r : r + size + 1]
 
@@ -564,12 +565,12 @@ def completion_logprobs(model, group, temperature):
     bias.triu_(start + 1)  # a completion sees the prompt, and itself up to its place
 
     def attend(layer, *parts):  # queries, keys, values [1, H, M, D] -> [1, M, H, D]
-        (query, key, value), *rest = zip(*[x.split(sizes, 2) for x in parts], strict=True)
-        out = [causal_attention(layer, query, key, value)]
-        for query, own_key, own_value in rest:
-            keys = torch.cat([key, own_key], 2)  # [1, kv, L + T, D]
+        prompt, *rest = zip(*[x.split(sizes, 2) for x in parts], strict=True)
+        out = [causal_attention(layer, *prompt)]
+        for query, key, value in rest:
+            keys = torch.cat([prompt[1], key], 2)  # [1, kv, L + T, D]
             mine = bias[: query.shape[2], : keys.shape[2]]
-            values = torch.cat([value, own_value], 2)
+            values = torch.cat([prompt[2], value], 2)
             out.append(causal_attention(layer, query, keys, values, mine))
         return torch.cat(out, 1)
 
@@ -637,10 +638,10 @@ def update(policy, optimizer, groups, num_problems, config):
     return {"loss": loss, "grad_norm": norm, "logprob_difference": away, "skipped": not finite}
 
 
-# ---- Rollout: problems -> traces -> sets -> aggregations -> rewards -> advantages ----
+# ---- Rollout and dynamic sampling: traces -> sets -> aggregations -> rewards -> advantages ----
 
 
-def verified(policy, task, problems, prompts, results):
+def score(policy, task, problems, prompts, results):
     """[P] Groups of what was sampled, with texts and rewards."""
     # Some chat templates begin the thought that the verifier and the aggregator must not see
     thinks = policy.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
@@ -655,7 +656,7 @@ def search(policy, task, problems, config, num_samples, generator, lattice=1):
     """`num_samples` traces of each problem -> [P] Groups."""
     prompts = [policy.tokenizer.chat(task.prompt(problem)) for problem in problems]
     how = config.max_trace_tokens, config.temperature, num_samples, generator, lattice
-    return verified(policy, task, problems, prompts, sample(policy, prompts, *how))
+    return score(policy, task, problems, prompts, sample(policy, prompts, *how))
 
 
 def aggregate(policy, task, problems, groups, sets, config, num_samples, generator):
@@ -664,11 +665,11 @@ def aggregate(policy, task, problems, groups, sets, config, num_samples, generat
     for i, chosen in enumerate(sets):
         for members in chosen:
             texts = [tasks.after_thought(groups[i].completions[j].text) for j in members]
-            limits = texts, config.max_prompt_tokens
-            prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problems[i]), *limits))
+            how = texts, config.max_prompt_tokens
+            prompts.append(aggregation_prompt(policy.tokenizer, task.prompt(problems[i]), *how))
             owners.append(problems[i])
     how = config.max_aggregation_tokens, config.temperature, num_samples, generator
-    found = iter(verified(policy, task, owners, prompts, sample(policy, prompts, *how)))
+    found = iter(score(policy, task, owners, prompts, sample(policy, prompts, *how)))
     return [list(itertools.islice(found, len(chosen))) for chosen in sets]
 
 
@@ -885,8 +886,7 @@ def save_checkpoint(folder, state, policy, optimizer):
 
 
 def resume(config, out):
-    """(folder, state) of the newest checkpoint in `out`, or None and the state of a new run. Raises
-    AssertionError when the folder holds another run."""
+    """(folder, state) of the newest checkpoint, or (None, new state). Refuses another run's."""
     fixed = "algo task data model seed train_problems lora_rank dtype set_size".split()
     run = {name: getattr(config, name) for name in fixed}
     for folder in sorted(out.glob(CHECKPOINTS), reverse=True):
