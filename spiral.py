@@ -2,8 +2,7 @@
 
 One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it
 *aggregates*: for each of K sets G_k of n traces it writes N2 final answers z_km that read them.
-Only these count (r_km, by the task's verifier); the default asks it about traces too, see
-search_credit() and search_weight. The objective, and its gradient:
+Only these count (r_km, by the verifier); the default asks it about traces too: search_credit().
 
     J(theta) = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
     grad J   = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]    search term: how useful was my set?
@@ -80,7 +79,7 @@ class Config:
     max_trace_tokens: int = 80  # longest search trace
     max_aggregation_tokens: int = 96  # longest aggregation trace
     rows: int = 512  # completions decoded at a time, and a quarter as many prompts held
-    micro_batch_tokens: int = 8192  # tokens per forward and backward pass
+    micro_batch_tokens: int = 4096  # tokens per forward and backward pass
     gradient_checkpointing: bool = False  # less memory, more time
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bf16 trains fp32 copies
     lora_rank: int = 0  # train LoRA adapters of this rank (peft); 0: all weights
@@ -106,8 +105,7 @@ class Config:
 # ---- Processes of torchrun: each holds the whole model and takes its share of the problems ----
 
 
-def world():
-    """(rank, processes)."""
+def world():  # (rank, processes)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -180,10 +178,10 @@ def attention(module, query, key, value, mask, scaling, attend, **kwargs):
 AttentionInterface.register("spiral", attention)  # a name for transformers, nothing more
 
 
-def causal_attention(layer, query, key, value, bias=None):
-    """The `attend` of whole sequences: to all before, or as the additive bias [T, S] says."""
+def causal_attention(layer, query, key, value, mask=None):
+    """The `attend` of whole sequences: to all before, or as the mask [T, S] says."""
     how = {"scale": 1.0, "enable_gqa": query.shape[1] != key.shape[1]}
-    out = F.scaled_dot_product_attention(query, key, value, bias, is_causal=bias is None, **how)
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **how)
     return out.transpose(1, 2)
 
 
@@ -195,11 +193,10 @@ def hidden_states(model, tokens, attend, positions=None):
 
 def head(model, hidden, temperature):
     """Logits at `temperature` (0: all probability on one token), fp32 [..., V]."""
-    return model.get_output_embeddings()(hidden).float() / max(temperature, 1e-6)
+    return model.get_output_embeddings()(hidden).float().div_(max(temperature, 1e-6))
 
 
-# ---- Sampler: each prompt is prefilled and held once, all rows decode together, and finished rows
-# make room for waiting prompts. Python decides which rows run, tensors compute ----
+# ---- Sampler: a prompt is held once, all rows decode together, finished rows make room ----
 
 
 @dataclass
@@ -276,11 +273,10 @@ def decode(policy, active, held, prompts, num_samples, temperature, lattice):
     inputs = []
     for row in active:
         prompt, step = prompts[row.prompt], len(row.tokens)
-        last = (row.tokens or prompt)[-1]
         slot = held.index(row.prompt) * num_samples + row.place
         # Below 1 / lattice a slice of the CDF holds one code at most: a fresh uniform is as good
         code = row.code if row.chance * lattice > 1 else row.random.random()
-        inputs.append([last, step, len(prompt) - 1, slot, code])
+        inputs.append([(row.tokens or prompt)[-1], step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
     columns = int(inputs[2].max()), int(inputs[1].max()) + 1  # in use: of prompts, of rows
     forward = replay if policy.memory.pool else decode_step
@@ -463,8 +459,7 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
 
 
 def aggregation_advantages(rewards, published=False):
-    """b_km = (r_km - mean_{m' != m} r_km') / (K N2): rewards [P, K, N2] -> [P, K, N2].
-    published: r_km - mean_m r_km."""
+    """b_km = (r_km - mean_{m' != m} r_km') / (K N2), [P, K, N2]. published: r_km - mean_m r_km."""
     _, num_sets, many = rewards.shape
     from_mean = rewards - rewards.mean(-1, keepdim=True)
     # Leaving one out is N2 / (N2 - 1) times as far from the mean; N2 is then in the scale as well
@@ -472,8 +467,7 @@ def aggregation_advantages(rewards, published=False):
 
 
 def grpo_advantages(rewards):
-    """(r_j - mean_{i != j} r_i) / G: rewards [P, G] -> [P, G]. Unbiased for the gradient of
-    E[r(x, y)], so not divided by a standard deviation."""
+    """(r_j - mean_{i != j} r_i) / G: rewards [P, G] -> [P, G]. No standard deviation: unbiased."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.shape[-1] - 1)
 
 
@@ -504,9 +498,8 @@ def search_credit(config, trace_rewards, rewards, sets, curve):
     aggregator makes of them, measured in earlier rollouts."""
     n, kind = config.set_size, config.search_credit
     if kind == "set":
-        return search_advantages(
-            rewards, sets, config.num_traces, config.balanced, config.published
-        )
+        how = config.num_traces, config.balanced, config.published
+        return search_advantages(rewards, sets, *how)
     share = torch.arange(n + 1) / n
     curves = {"trace": share, "pass": share.ceil(), "curve": curve}
     return curve_advantages(trace_rewards, curves[kind], n)
@@ -522,13 +515,19 @@ class Group:
 
 
 def micro_batches(groups, budget):
-    """The completions with an advantage, in Groups of at most `budget` tokens or one completion."""
-    for group in groups:
-        useful = [c for c in group.completions if c.advantage]
-        longest = max((len(c.tokens) for c in useful), default=1)
-        at_once = max(1, (budget - len(group.prompt)) // longest)
-        for start in range(0, len(useful), at_once):
-            yield Group(group.prompt, useful[start : start + at_once])
+    """What has an advantage, in lists of Groups of at most `budget` tokens or one completion."""
+    batch, tokens = [], 0
+    for prompt, c in [(g.prompt, c) for g in groups for c in g.completions if c.advantage]:
+        if batch and tokens + len(prompt + c.tokens) > budget:
+            yield batch
+            batch, tokens = [], 0
+        if not batch or batch[-1].prompt is not prompt:
+            batch.append(Group(prompt, []))
+            tokens += len(prompt)
+        batch[-1].completions.append(c)
+        tokens += len(c.tokens)
+    if batch:
+        yield batch
 
 
 def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
@@ -536,52 +535,53 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 24):
     made again in the backward pass, so that [N, V] is never there."""
 
     def chunk_logprobs(hidden, targets):
-        logprobs = head(model, hidden, temperature).log_softmax(-1)  # [chunk, V]
-        return logprobs.gather(-1, targets[:, None])[:, 0]
+        return -F.cross_entropy(head(model, hidden, temperature), targets, reduction="none")
 
     size = 1 + chunk_elements // len(model.get_output_embeddings().weight)
     recomputed = partial(checkpoint, chunk_logprobs, use_reentrant=False)
     return torch.cat([*map(recomputed, hidden.split(size), targets.split(size))])
 
 
-def completion_logprobs(model, group, temperature):
-    """(log-probs, the sampler's log-probs, advantages), [N] each, of all sampled tokens of a group.
-    The prompt runs once, before all completions in one flat sequence. As in the sampler, its last
+def completion_logprobs(model, groups, temperature):
+    """(log-probs, the sampler's log-probs, advantages), [N] each, of all sampled tokens of groups,
+    in one flat sequence. A prompt runs once, before its completions. As in the sampler, its last
     token is each one's first input: so every place in a completion predicts the token there."""
-    # Inputs: p_0 .. p_L-1, then p_L a_0 a_1, p_L b_0 b_1 b_2 ...; targets: a_0 a_1 a_2, b_0 b_1 ...
-    *inputs, last = group.prompt
-    start = len(inputs)
-    positions, sizes, sampled = [*range(start)], [start], []
-    for c in group.completions:
-        size = len(c.tokens)
-        inputs += [last, *c.tokens[:-1]]
-        positions += range(start, start + size)
-        sampled += zip(c.tokens, c.logprobs, [c.advantage] * size, strict=True)
-        sizes.append(size)
-    flat = torch.tensor([inputs, positions], device=model.device)[:, None]  # [2, 1, M]
-    targets, old, advantages = torch.tensor(sampled, device=model.device, dtype=torch.float64).T
-    longest = max(sizes[1:])
-    bias = flat.new_full((longest, start + longest), -math.inf, dtype=model.dtype)
-    bias.triu_(start + 1)  # a completion sees the prompt, and itself up to its place
+    # Pieces: p_0 .. p_L-1, then p_L a_0 a_1, p_L b_0 b_1 b_2 ...; targets: a_0 a_1 a_2, b_0 b_1 ...
+    sizes, masks, table = [], [], []
+    for group in groups:
+        *prompt, last = group.prompt
+        start = len(prompt)
+        sizes.append(start)
+        masks.append(None)
+        table += [(token, i, -1, 0, 0) for i, token in enumerate(prompt)]  # -1: not sampled
+        for c in group.completions:
+            size = len(c.tokens)
+            sizes.append(size)
+            seen = torch.ones(size, start + size, dtype=torch.bool, device=model.device)
+            masks.append(seen.tril(start))  # the prompt, and the completion up to the token's place
+            inputs, places = [last, *c.tokens[:-1]], range(start, start + size)
+            table += zip(inputs, places, c.tokens, c.logprobs, [c.advantage] * size, strict=True)
+    table = torch.tensor(table, device=model.device).T  # [5, M]
+    inputs, positions, targets = table[:3, None].long()  # [1, M]
 
     def attend(layer, *parts):  # queries, keys, values [1, H, M, D] -> [1, M, H, D]
-        prompt, *rest = zip(*[x.split(sizes, 2) for x in parts], strict=True)
-        out = [causal_attention(layer, *prompt)]
-        for query, key, value in rest:
-            keys = torch.cat([prompt[1], key], 2)  # [1, kv, L + T, D]
-            mine = bias[: query.shape[2], : keys.shape[2]]
-            values = torch.cat([prompt[2], value], 2)
-            out.append(causal_attention(layer, query, keys, values, mine))
+        out, split = [], [x.split(sizes, 2) for x in parts]
+        for mask, query, *seen in zip(masks, *split, strict=True):
+            if mask is None:
+                prompt = seen
+            else:  # keys, values [1, kv, L + T, D]
+                seen = [torch.cat(pair, 2) for pair in zip(prompt, seen, strict=True)]
+            out.append(causal_attention(layer, query, *seen, mask))
         return torch.cat(out, 1)
 
-    hidden = hidden_states(model, flat[0], attend, flat[1])[0, start:]  # [N, d]
-    logprobs = token_logprobs(model, hidden, targets.long(), temperature)
-    return logprobs, old.float(), advantages.float()
+    hidden = hidden_states(model, inputs, attend, positions)[0]  # [M, d]
+    sampled = targets[0] >= 0
+    logprobs = token_logprobs(model, hidden[sampled], targets[0, sampled], temperature)  # [N]
+    return logprobs, *table[3:, sampled]
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
-    """Clipped policy gradient, summed over tokens; all [N]. In a rollout's first update the ratio
-    is 1 up to rounding: REINFORCE, minus sum advantage * grad log pi."""
+    """PPO's clipped loss, summed over tokens; all [N]. A rollout's first update is REINFORCE."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
@@ -590,8 +590,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 def make_optimizer(model, lr, folder=None):
     """AdamW on fp32 masters of the trained parameters, which take over the gradients of each
     micro-batch. fp32 parameters share their memory, bf16 ones are copies. folder: to go on from."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    masters = {p: p.detach().float() for p in trained}
+    masters = {p: p.detach().float() for p in model.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(masters.values(), lr, (0.9, 0.95), weight_decay=0, foreach=False)
 
     def to_master(parameter):
@@ -602,7 +601,7 @@ def make_optimizer(model, lr, folder=None):
         for parameter, master in masters.items():
             parameter.data.copy_(master)
 
-    for parameter in trained:
+    for parameter in masters:
         parameter.register_post_accumulate_grad_hook(to_master)
     optimizer.register_step_post_hook(from_masters)
     if folder:  # weights_only: tensors and plain containers, no code
@@ -620,8 +619,8 @@ def update(policy, optimizer, groups, num_problems, config):
     for master in masters:
         master.grad = torch.zeros_like(master)
     sums = torch.zeros(3)  # loss, distance from the sampler's log-probs, tokens
-    for group in micro_batches(groups, config.micro_batch_tokens):
-        logprobs, old, advantages = completion_logprobs(policy.model, group, config.temperature)
+    for batch in micro_batches(groups, config.micro_batch_tokens):
+        logprobs, old, advantages = completion_logprobs(policy.model, batch, config.temperature)
         loss = policy_loss(logprobs, old, advantages, config.clip) / num_problems
         loss.backward()
         distance = (logprobs.detach() - old).abs().sum()
@@ -629,7 +628,7 @@ def update(policy, optimizer, groups, num_problems, config):
     loss, distance, tokens = add_up(sums).tolist()
     for master in masters:
         add_up(master.grad)
-    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm, foreach=False).item()
+    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
     finite = math.isfinite(norm + loss)
     if finite and tokens:
         optimizer.step()
@@ -670,7 +669,7 @@ def aggregate(policy, task, problems, groups, sets, config, num_samples, generat
             owners.append(problems[i])
     how = config.max_aggregation_tokens, config.temperature, num_samples, generator
     found = iter(score(policy, task, owners, prompts, sample(policy, prompts, *how)))
-    return [list(itertools.islice(found, len(chosen))) for chosen in sets]
+    return [[next(found) for _ in chosen] for chosen in sets]
 
 
 @dataclass
@@ -690,8 +689,7 @@ def rewards_of(groups):
 
 
 def assign_advantages(groups, advantages, target_length):
-    """Gives completions their advantages [groups, completions]; no positive one beyond
-    `target_length` tokens (L_target, paper.md section 4; 0: no limit)."""
+    """Hands out advantages [groups, completions], beyond L_target none > 0 (paper.md section 4)."""
     completions = [c for group in groups for c in group.completions]
     for c, advantage in zip(completions, advantages.flatten().tolist(), strict=True):
         gated = advantage > 0 and 0 < target_length < len(c.tokens)
@@ -739,7 +737,6 @@ def collect(policy, task, problems, cursor, config, curve):
         cursor = drawn.stop
         mine = drawn[rank::processes]
         if mine:
-            # Randomness is a function of seed and place alone
             generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + i) for i in mine]
             batch = [problem_at(problems, config.seed, i) for i in mine]
             records += rollout(policy, task, batch, config, generators, curve)
@@ -765,11 +762,13 @@ def statistics(groups):
     """How often completions are right and cut off, their tokens, the entropy in nats a token."""
     every = [c for group in groups for c in group.completions]
     tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
-    stats = {"tokens": tokens, "length": tokens / count}
-    stats["reward"] = sum(c.reward for c in every) / count
-    stats["truncated"] = sum(c.truncated for c in every) / count
-    stats["entropy"] = -sum(sum(c.logprobs) for c in every) / max(1, tokens)
-    return stats
+    return {
+        "tokens": tokens,
+        "length": tokens / count,
+        "reward": sum(c.reward for c in every) / count,
+        "truncated": sum(c.truncated for c in every) / count,
+        "entropy": -sum(sum(c.logprobs) for c in every) / max(1, tokens),
+    }
 
 
 def notes(stats, start):
@@ -853,7 +852,7 @@ def evaluate(policy, task, problems, config, generator):
     n, size = config.set_size, config.eval_traces
     found = search(policy, task, problems, config, size, generator, size)
     rewards = rewards_of(found)  # [P, S]
-    sets = torch.arange(size).view(1, -1, n).expand(len(problems), -1, -1)  # [P, S / n, n]
+    sets = [torch.arange(size).view(-1, n)] * len(problems)  # [P][S / n, n]
     found_sets = aggregate(policy, task, problems, found, sets, config, 1, generator)
     answers = rewards_of(sum(found_sets, []))[:, 0]  # [P S / n]
     hopeless = rewards.view(-1, n).sum(1) == 0  # [P S / n]: sets without a right trace
@@ -912,7 +911,8 @@ def train_step(policy, optimizer, task, problems, state, config):
     traces = [record.search for record in records]
     answers = [group for record in records for group in record.aggregations]
     how = traces + answers, max(1, useful), config
-    stats, *_ = [update(policy, optimizer, *how) for _ in range(config.updates)]
+    stats, *more = [update(policy, optimizer, *how) for _ in range(config.updates)]
+    stats["skipped"] += sum(later["skipped"] for later in more)
     stats |= {"step": step, "drawn": drawn, "useful": useful, "curve": curve.tolist()}
     stats |= {"search": statistics(traces), "aggregation": statistics(answers or traces)}
     print(
@@ -943,7 +943,7 @@ def train(task, config, out):
     for step in range(state["step"] + 1, config.steps + 1):
         stats, records = train_step(policy, optimizer, task, problems, state, config)
         stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
-        save = step % config.save_every == 0 or step == config.steps or stop
+        save = not step % config.save_every or step == config.steps or stop
         if records and save:
             print(f"--- step {step} ---\n{transcript(task, records[0])}")
         if world()[0] == 0:
@@ -965,8 +965,7 @@ def train(task, config, out):
 
 
 def report(policy, task, config, out, name):
-    """Evaluates on held-out problems, as a row of evaluation.jsonl, and prints the rows there.
-    Ctrl-C ends it early, with the problems done by then."""
+    """Evaluates on held-out problems: a row of evaluation.jsonl, of fewer problems after Ctrl-C."""
     out.mkdir(parents=True, exist_ok=True)
     problems = task.problems("test", config.eval_problems, 0) if config.eval_problems else []
     generator, sums, done = torch.Generator().manual_seed(0), Counter(), 0

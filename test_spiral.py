@@ -510,10 +510,13 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(budget):
     groups = toy_groups(policy)
     groups[1].completions[2].advantage = 0.0
     batches = list(spiral.micro_batches(groups, budget))
-    assert all_of(batches) == [(prompt, c) for prompt, c in all_of(groups) if c.advantage]
+    whole = [(prompt, c) for prompt, c in all_of(groups) if c.advantage]
+    assert [pair for batch in batches for pair in all_of(batch)] == whole
     for batch in batches:
-        size = len(batch.prompt) + sum(len(c.tokens) for c in batch.completions)
-        assert size <= budget or len(batch.completions) == 1
+        size = sum(len(group.prompt) for group in batch) + sum(
+            len(c.tokens) for _, c in all_of(batch)
+        )
+        assert size <= budget or len(all_of(batch)) == 1
     gradient = gradient_of_update(policy, groups, micro_batch_tokens=budget)[0]
     assert close(gradient, reinforce(policy, groups))
 
@@ -883,7 +886,7 @@ def script(monkeypatch, traces, answers):
         return [*map(group_of, traces)]
 
     def aggregate(policy, task, problems, groups, sets, config, count, generator):
-        assert count == 1 and sets.shape[2] == config.set_size
+        assert count == 1 and sets[0].shape[1] == config.set_size
         return [[group_of(next(remaining)) for _ in chosen] for chosen in sets]
 
     monkeypatch.setattr(spiral, "search", search)
@@ -1081,6 +1084,15 @@ def test_adapters_from_training_to_an_answer(hub, coin_rewards, tmp_path, monkey
     assert not Path("more/step-00001/model.safetensors").exists()
     assert run(UNSEEN, "--model more/step-00001 --ask 4,9,13,61") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("answer: ")
+
+
+def test_every_skipped_update_is_counted(monkeypatch, tmp_path, capsys):
+    finite = {"loss": 0.0, "grad_norm": 0.0, "logprob_difference": 0.0, "skipped": False}
+    outcomes = iter([finite, finite | {"skipped": True}])
+    monkeypatch.setattr(spiral, "update", lambda *_: dict(next(outcomes)))
+    assert run(UNSEEN, "--steps 1 --updates 2 --out", tmp_path) == 0
+    assert rows(tmp_path / "metrics.jsonl")[0]["skipped"] == 1
+    assert "not finite" in capsys.readouterr().out
 
 
 LEARNS = UNSEEN + "--max-trace-tokens 32 --max-aggregation-tokens 40 "

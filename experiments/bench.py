@@ -222,8 +222,8 @@ def sampling(shrink):
 
 
 def gradient(policy, groups):
-    for group in spiral.micro_batches(groups, 8192):
-        logprobs, _, advantages = spiral.completion_logprobs(policy.model, group, 1.0)
+    for batch in spiral.micro_batches(groups, 8192):
+        logprobs, _, advantages = spiral.completion_logprobs(policy.model, batch, 1.0)
         spiral.policy_loss(logprobs, logprobs.detach(), advantages, 0.2).backward()
 
 
@@ -234,7 +234,8 @@ def update(shrink):
         prompt = sum(random_tokens(256 // shrink, 1024 // shrink, 4), [])
         rows = random_tokens(low // shrink, high // shrink, count)
         completions = [spiral.Completion(0, 0, 0, None, 1, row, row, advantage=1) for row in rows]
-        ways = [spiral.Group(prompt, completions)], [spiral.Group(prompt, [c]) for c in completions]
+        repeated = [spiral.Group([*prompt], [c]) for c in completions]
+        ways = [spiral.Group(prompt, completions)], repeated
         tokens = sum(map(len, rows))
 
         def turn(_, ways=ways, tokens=tokens):

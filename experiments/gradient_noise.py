@@ -50,7 +50,7 @@ def roll_out(policy, task, problem, config, rollouts, generator):
     parameters, gradients = [*policy.model.parameters()], []
     for c in group.completions:
         one = spiral.Group(group.prompt, [c])
-        score = spiral.completion_logprobs(policy.model, one, 1.0)[0].sum()
+        score = spiral.completion_logprobs(policy.model, [one], 1.0)[0].sum()
         gradient = torch.autograd.grad(score, parameters)
         gradients.append(torch.cat([part.flatten() for part in gradient]))
     gradients = torch.stack(gradients)
