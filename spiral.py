@@ -2,7 +2,7 @@
 
 One language model *searches*: N1 reasoning traces y_1..y_N1, sampled in parallel. And it
 *aggregates*: for each of K sets G_k of n traces it writes N2 final answers z_km that read them.
-Only these count (r_km, by the verifier); the default asks it about traces too: search_credit().
+In the paper only their rewards r_km count; our default verifies traces, too: search_credit().
 
     J(theta) = E_{y_1..y_n ~ pi(.|x)} E_{z ~ pi(.|x, y_1..y_n)} [ r(x, z) ]
     grad J   = E[ f(G) sum_{j in G} grad log pi(y_j|x) ]    search term: how useful was my set?
@@ -62,7 +62,7 @@ class Config:
     num_sets: int = 4  # K: sets per problem
     num_aggregations: int = 4  # N2: aggregation traces per set
     balanced: bool = True  # every trace in equally many sets; off: sets drawn uniformly
-    published: bool = False  # the paper's self-inclusive baselines: with set credit, weight 1
+    published: bool = False  # the paper's self-inclusive baselines; theirs is set credit, weight 1
     search_weight: float = 0.2  # of the search term; 1, with set credit, is the exact gradient of J
     lattice: bool = False  # training traces of a problem spread over the CDF: draw_codes()
     steps: int = 30  # training steps; 0: evaluate only
@@ -96,13 +96,13 @@ class Config:
             if type(x) in (int, float):
                 fine = 0 <= x < 2**31 and (x or name in may_be_0.split())
                 assert fine, f"--{name.replace('_', '-')} {x}: out of range"
-        assert min(self.num_sets, self.num_aggregations) > 1, "--num-sets, --num-aggregations: 1"
+        assert min(self.num_sets, self.num_aggregations) > 1, "--num-sets, --num-aggregations: < 2"
         draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
         assert self.set_size < self.num_traces, "--set-size must be below --num-traces"
         assert self.eval_traces % self.set_size == 0, "--eval-traces: not a multiple of --set-size"
 
 
-# ---- Processes of torchrun: each holds the whole model and takes its share of the problems ----
+# ---- Processes of torchrun: each holds the whole model, and trains on a share of the problems ----
 
 
 def world():  # (rank, processes)
@@ -163,7 +163,7 @@ def load_policy(config, question=""):
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # eval for good: no dropout
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
     return Policy(model, tokenizer, Memory(model, config.rows, config.max_prompt_tokens, longest))
@@ -186,7 +186,7 @@ def causal_attention(layer, query, key, value, mask=None):
 
 
 def hidden_states(model, tokens, attend, positions=None):
-    """Of tokens [B, T], at positions [B, T] (0, 1 ...) -> [B, T, d], for head()."""
+    """Of tokens [B, T], at positions [B, T] (default: 0, 1 ...) -> [B, T, d], for head()."""
     out = model.base_model(tokens, position_ids=positions, use_cache=False, attend=attend)
     return out.last_hidden_state
 
@@ -205,7 +205,7 @@ class Completion:  # a trace or an aggregation; while it is sampled, a row of th
     place: int  # among the prompt's completions
     code: float  # see draw_codes()
     random: object = field(compare=False)  # random.Random(code)
-    chance: float = 1.0  # of the tokens so far
+    chance: float = 1.0  # probability of the tokens so far
     tokens: list = field(default_factory=list)  # up to and including EOS
     logprobs: list = field(default_factory=list)  # of the tokens, at the sampling temperature
     truncated: bool = True  # has no EOS
@@ -226,7 +226,7 @@ class Memory:
         pairs = settings.num_hidden_layers, 2  # keys, values
         zeros = partial(torch.zeros, *pairs, dtype=model.dtype, device=model.device)
         self.own = zeros(rows, heads, new_tokens, width)
-        self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is replay()'s
+        self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is replay_graph()'s
         self.graphs = {}  # which share scratch memory, the pool
         self.pool = torch.cuda.graph_pool_handle() if self.own.is_cuda else None
 
@@ -234,8 +234,8 @@ class Memory:
 def draw_codes(num_samples, generator=None, lattice=1):
     """Codes [num_samples] fp64 in [0, 1) of a prompt's completions. Those of a lattice, at (i +
     shift) / lattice in random order, spread over the CDF (QuasiMoTTo, arXiv 2607.01179). A token
-    takes the slice of the CDF that its row's code lies in. What is left of the code, scaled to [0,
-    1), is the next, as long as others of the lattice may share the tokens. Then come uniforms."""
+    is the slice of the CDF that the code lies in. Where in it, scaled to [0, 1), is the next code,
+    while another one of the lattice may share the tokens. Then come fresh uniforms."""
     shape = num_samples // lattice, lattice
     order = torch.rand(shape, generator=generator).argsort(1)
     shifts = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64)
@@ -250,7 +250,7 @@ def draw_tokens(logits, codes):
     heights = (codes * cdf[:, -1])[:, None]
     tokens = torch.searchsorted(cdf, heights, right=True).clamp_(max=logits.shape[-1] - 1)  # [B, 1]
     logprob = logprobs.gather(-1, tokens)
-    above, width = cdf.gather(-1, tokens) - heights, logprob.exp()  # its slice: above the code, all
+    above, width = cdf.gather(-1, tokens) - heights, logprob.exp()  # slice: above the code, whole
     left = (1 - above / width).clamp(0, 1 - 2**-53)
     return torch.cat([tokens, logprob, left], 1).T
 
@@ -274,12 +274,12 @@ def decode(policy, active, held, prompts, num_samples, temperature, lattice):
     for row in active:
         prompt, step = prompts[row.prompt], len(row.tokens)
         slot = held.index(row.prompt) * num_samples + row.place
-        # Below 1 / lattice a slice of the CDF holds one code at most: a fresh uniform is as good
+        # Below 1 / lattice (with 1: always) a slice holds one code at most: a uniform is as good
         code = row.code if row.chance * lattice > 1 else row.random.random()
         inputs.append([(row.tokens or prompt)[-1], step, len(prompt) - 1, slot, code])
     inputs = torch.tensor(inputs, dtype=torch.float64).T.to(policy.model.device)
     columns = int(inputs[2].max()), int(inputs[1].max()) + 1  # in use: of prompts, of rows
-    forward = replay if policy.memory.pool else decode_step
+    forward = replay_graph if policy.memory.pool else decode_step
     outputs = forward(policy, inputs, (len(held), *columns, num_samples), temperature)
     for row, (token, logprob, row.code) in zip(active, outputs.T.tolist(), strict=True):
         row.tokens.append(int(token))
@@ -291,8 +291,8 @@ def decode(policy, active, held, prompts, num_samples, temperature, lattice):
 def decode_step(policy, inputs, shape, temperature):
     """inputs [5, B] fp64: last token, tokens so far, tokens of its prompt in memory, slot, code ->
     what draw_tokens() gives. shape: prompts, their columns, columns of rows, num_samples. To read a
-    prompt once for all of its rows, these wait in a grid [U, num_samples] of slots. Looks at no
-    value: it can be a CUDA graph."""
+    prompt once for all of its rows, these sit in a grid [U, num_samples] of slots. No shape depends
+    on a value: it can be a CUDA graph."""
     count, prompt_columns, own_columns, num_samples = shape
     tokens, steps, lengths, slots = inputs[:4].long()
     prompts = policy.memory.prompts[:, :, :count, :, :prompt_columns]  # [layers, 2, U, kv, L, D]
@@ -325,7 +325,7 @@ def decode_step(policy, inputs, shape, temperature):
     return draw_tokens(logits, inputs[4])
 
 
-def replay(policy, inputs, shape, temperature):
+def replay_graph(policy, inputs, shape, temperature):
     """decode_step as a CUDA graph. Sizes are rounded up to powers of two: few graphs; the rows that
     this adds decode garbage in the last slot, of a prompt that nobody has."""
     memory, (prompts, *columns, num_samples), rows = policy.memory, shape, inputs.shape[1]
@@ -341,8 +341,8 @@ def replay(policy, inputs, shape, temperature):
     return memory.graphs.get(key, step)(padded)[:, :rows]
 
 
-def leave(items, needed, cache):
-    """Items not needed leave; the last one takes the place of each, as in cache [:, :, items]."""
+def compact(items, needed, cache):
+    """Drops items not needed: the last one fills each gap, in cache[:, :, items] as well."""
     for i in reversed(range(len(items))):
         if not needed[i]:
             cache[:, :, i] = cache[:, :, len(items) - 1]
@@ -355,11 +355,11 @@ def sample(
     policy, prompts, max_new_tokens, temperature=1.0, num_samples=1, generator=None, lattice=1
 ):
     """`num_samples` completions of each prompt (a list of token lists) -> [prompts][num_samples]
-    Completions, whatever the batch. temperature 0 is greedy. generator: one, or a list of them,
+    Completions, the same in any batch. temperature 0 is greedy. generator: one, or a list of them,
     each for an equal part of the prompts. lattice: so many of a prompt's completions share one.
     Raises AssertionError for an empty prompt, and for what memory doesn't hold."""
     memory = policy.memory
-    most_held, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is replay()'s
+    most_held, rows = memory.prompts.shape[2] - 1, memory.own.shape[2]  # one is replay_graph()'s
     lengths, columns = [len(prompt) for prompt in prompts], memory.prompts.shape[4]
     assert min(lengths, default=0) > 0, "sample needs at least one prompt, and a token in each"
     fits = max(lengths) <= columns and max_new_tokens <= memory.own.shape[4] and num_samples <= rows
@@ -381,12 +381,12 @@ def sample(
             for i in new:
                 active += results[i]
         decode(policy, active, held, prompts, num_samples, temperature, lattice)
-        # Finished rows leave, then prompts that nobody needs; the last ones take their places
+        # Finished rows leave, then prompts that nobody needs
         go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(go_on.count(False))
-        leave(active, go_on, memory.own)
+        compact(active, go_on, memory.own)
         needed = {row.prompt for row in active}
-        leave(held, [i in needed for i in held], memory.prompts)
+        compact(held, [i in needed for i in held], memory.prompts)
     progress.close()
     return results
 
@@ -406,7 +406,7 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
         distinct = {frozenset(members) for members in sets.tolist()}
         if sum(map(len, distinct)) == total:
             return sets
-    raise ValueError(f"no {num_sets} such sets of {set_size} of {num_traces} traces: --balanced?")
+    raise ValueError(f"no {num_sets} sets of {set_size} of {num_traces} traces: --no-balanced?")
 
 
 def neutralise(text, markers):
@@ -451,8 +451,8 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
     if published:
         return (from_mean[:, :, None] * member).sum(1) / member.sum(1).clamp(min=1)
     against_others = from_mean * num_sets / (num_sets - 1)  # [P, K] A_set(k)
-    # p: of the other sets, R - 1 of K - 1 hold j if balanced (R = K n / N1); else, of all C(N1, n),
-    # C(N1 - 1, n - 1) - 1 of C(N1, n) - 1, which is the same with C(N1, n) in K's place
+    # p, balanced: R - 1 of the K - 1 other sets hold j, R = K n / N1. Else the sets are any others
+    # of all C(N1, n), of which C(N1, n) n / N1 hold j: the same with C(N1, n) for K
     every = num_sets if balanced else comb(num_traces, set_size)
     p = (every * set_size / num_traces - 1) / (every - 1)
     return (against_others[:, :, None] * member).sum(1) / (num_sets * (1 - p))
@@ -472,7 +472,7 @@ def grpo_advantages(rewards):
 
 
 def curve_advantages(trace_rewards, curve, set_size):
-    """Set credit without its noise (paper.md section 7): trace_rewards [P, N1] of 0 and 1, a
+    """Set credit with far less noise, and bias (paper.md section 7): trace_rewards [P, N1], 0 or 1,
     response curve [n + 1] -> [P, N1]. curve[c], how often an aggregation is right when c of the n
     candidates are, gives all C(N1, n) sets a score for nothing. A trace gets n / N1 times the mean
     score of the sets that hold it minus that of the others. Curve c / n makes this grpo_advantages,
@@ -481,9 +481,9 @@ def curve_advantages(trace_rewards, curve, set_size):
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
     def mean_score(m, size, r):
-        """Of all sets of `size` other traces (m are right in all), with r more right ones."""
+        """Of all sets of `size` other traces (m of which are right) and r right ones."""
         ways = [comb(m, c) * comb(many - 1 - m, size - c) for c in range(size + 1)]
-        return torch.tensor(ways) / sum(ways) @ curve[r : r + size + 1]
+        return torch.tensor([x / sum(ways) for x in ways]) @ curve[r : r + size + 1]
 
     credit = torch.zeros(2, many)  # by the trace's reward, and right ones of the others
     for r, m in itertools.product(range(2), range(many)):
@@ -515,7 +515,7 @@ class Group:
 
 
 def micro_batches(groups, budget):
-    """What has an advantage, in lists of Groups of at most `budget` tokens or one completion."""
+    """Completions with an advantage, in lists of Groups of at most `budget` tokens, or of one."""
     batch, tokens = [], 0
     for prompt, c in [(g.prompt, c) for g in groups for c in g.completions if c.advantage]:
         if batch and tokens + len(prompt + c.tokens) > budget:
@@ -566,12 +566,12 @@ def completion_logprobs(model, groups, temperature):
 
     def attend(layer, *parts):  # queries, keys, values [1, H, M, D] -> [1, M, H, D]
         out, split = [], [x.split(sizes, 2) for x in parts]
-        for mask, query, *seen in zip(masks, *split, strict=True):
+        for mask, query, *own in zip(masks, *split, strict=True):
             if mask is None:
-                prompt = seen
+                prompt = own
             else:  # keys, values [1, kv, L + T, D]
-                seen = [torch.cat(pair, 2) for pair in zip(prompt, seen, strict=True)]
-            out.append(causal_attention(layer, query, *seen, mask))
+                own = [torch.cat(pair, 2) for pair in zip(prompt, own, strict=True)]
+            out.append(causal_attention(layer, query, *own, mask))
         return torch.cat(out, 1)
 
     hidden = hidden_states(model, inputs, attend, positions)[0]  # [M, d]
@@ -588,8 +588,8 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def make_optimizer(model, lr, folder=None):
-    """AdamW on fp32 masters of the trained parameters, which take over the gradients of each
-    micro-batch. fp32 parameters share their memory, bf16 ones are copies. folder: to go on from."""
+    """AdamW on fp32 masters of the trained parameters; each micro-batch's gradients are added to
+    theirs. fp32 parameters share their memory, bf16 ones are copies. folder: to go on from."""
     masters = {p: p.detach().float() for p in model.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(masters.values(), lr, (0.9, 0.95), weight_decay=0, foreach=False)
 
@@ -614,7 +614,7 @@ def make_optimizer(model, lr, folder=None):
 
 def update(policy, optimizer, groups, num_problems, config):
     """One optimizer step on the mean of the estimate over num_problems, those of all processes: so
-    micro-batches don't change the gradient. No step if loss or gradient is NaN or inf."""
+    micro-batches don't change the gradient. No step without finite loss and gradient."""
     masters = optimizer.param_groups[0]["params"]
     for master in masters:
         master.grad = torch.zeros_like(master)
@@ -728,7 +728,7 @@ def problem_at(problems, seed, i):
 
 def collect(policy, task, problems, cursor, config, curve):
     """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as
-    many are drawn. Returns (records, useful problems of all processes, cursor behind the last)."""
+    many are drawn. Returns (records, useful problems of all processes, cursor after the last)."""
     rank, processes = world()
     records, useful, limit = [], 0, cursor + config.max_draws * config.problems
     while useful < config.problems and cursor < limit:
@@ -759,7 +759,7 @@ def response_counts(records, set_size):
 
 
 def statistics(groups):
-    """How often completions are right and cut off, their tokens, the entropy in nats a token."""
+    """Of this process: how often right and cut off, tokens, entropy in nats a token."""
     every = [c for group in groups for c in group.completions]
     tokens, count = sum(len(c.tokens) for c in every), max(1, len(every))
     return {
@@ -848,7 +848,7 @@ def solve(policy, task, problem, config, generator=None):
 
 
 def evaluate(policy, task, problems, config, generator):
-    """Mean scores at config.temperature. A problem's traces are one lattice, and start the RSA."""
+    """Mean scores. A problem's traces are one lattice: higher pass@k than of independent ones."""
     n, size = config.set_size, config.eval_traces
     found = search(policy, task, problems, config, size, generator, size)
     rewards = rewards_of(found)  # [P, S]
@@ -867,7 +867,7 @@ def evaluate(policy, task, problems, config, generator):
     return {name: x.float().mean().item() for name, x in scores.items()} | stats
 
 
-# ---- Training. Checkpoints are Hugging Face folders; randomness comes from seed and step ----
+# ---- Training. Checkpoints are Hugging Face folders; randomness comes from seed and cursor ----
 
 
 def save_checkpoint(folder, state, policy, optimizer):
@@ -926,7 +926,7 @@ def train_step(policy, optimizer, task, problems, state, config):
 
 
 def train(task, config, out):
-    """From the newest checkpoint if any: evaluation, steps, evaluation. Returns the exit code."""
+    """Evaluates the start of a new run, or resumes; steps; evaluates. Returns the exit code."""
     problems = task.problems("train", config.train_problems, config.seed)
     folder, state = resume(config, out)
     longest = max(map(task.prompt, problems), key=len)

@@ -346,7 +346,7 @@ def test_a_prompt_runs_once_and_finished_rows_make_room(spy):
 def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
     policy = toy_policy()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(spiral, "leave", raising(KeyboardInterrupt))
+        patch.setattr(spiral, "compact", raising(KeyboardInterrupt))
         sample(policy, seed=1)
     assert sample(policy) == sample(toy_policy())
 
