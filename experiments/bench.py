@@ -105,7 +105,7 @@ def add(case, ratios, **more):
 def compare(case, turn):
     """turn(i): (seconds of ours, of theirs, tokens of each)."""
     turns, ends = [], time.time() + 3
-    while len(turns) < 2 or (len(turns) < 7 and time.time() < ends):
+    while len(turns) < 5 or (len(turns) < 7 and time.time() < ends):
         turns.append(turn(len(turns) + 1))
     ours, theirs, tokens = map(sum, zip(*turns, strict=True))
     ratios = [their / mine for mine, their, _ in turns]
