@@ -38,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -163,7 +164,7 @@ def load_policy(config, question=""):
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # eval for good: no dropout
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
     return Policy(model, tokenizer, Memory(model, config.rows, config.max_prompt_tokens, longest))
@@ -557,8 +558,7 @@ def completion_logprobs(model, groups, temperature):
         for c in group.completions:
             size = len(c.tokens)
             sizes.append(size)
-            seen = torch.ones(size, start + size, dtype=torch.bool, device=model.device)
-            masks.append(seen.tril(start))  # the prompt, and the completion up to the token's place
+            masks.append(causal_lower_right(size, start + size))  # all that was there to be read
             inputs, places = [last, *c.tokens[:-1]], range(start, start + size)
             table += zip(inputs, places, c.tokens, c.logprobs, [c.advantage] * size, strict=True)
     table = torch.tensor(table, device=model.device).T  # [5, M]
@@ -780,7 +780,7 @@ def notes(stats, start):
         "most traces are cut off: raise --max-trace-tokens": search["truncated"] > 0.5,
         "most aggregations are cut off: raise --max-aggregation-tokens": answers["truncated"] > 0.5,
         "the search collapses: lower --search-weight or --lr": search["reward"] < 0.5 * start,
-        f"sampler and trainer are {apart} nats a token apart": stats["logprob_difference"] > 0.01,
+        f"sampler and trainer are {apart} nats a token apart": stats["logprob_difference"] > 0.1,
         "loss or gradient is not finite: no step. Lower --lr": stats["skipped"],
     }
     return [note for note, seen in signs.items() if seen]
@@ -1006,7 +1006,7 @@ def parse_config(arguments=None):
 def run(config):
     """Training, evaluation or an answer, as the config says. Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if dist.get_rank():  # one speaks for all

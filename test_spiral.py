@@ -607,6 +607,8 @@ def test_bf16_weights_are_trained_through_fp32_masters(tmp_path):
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    # Some tell the date, today's unless they are given one: prompts would change overnight
+    "{{ date_string[99:] if date_string is defined else raise_exception('no date') }}"
 )
 END = 257
 HUB = {**HALF, "vocab_size": 260, "eos_token_id": END, "max_position_embeddings": 4096}
@@ -1194,7 +1196,7 @@ SICK = {
     "cut off.*--max-trace-tokens": {"search": {"reward": 0.25, "truncated": 0.6}},
     "cut off.*--max-aggregation-tokens": {"aggregation": {"reward": 1.0, "truncated": 0.6}},
     "collapse": {"search": {"reward": 0.1, "truncated": 0.0}},
-    "apart": {"logprob_difference": 0.02},
+    "apart": {"logprob_difference": 0.2},
     "not finite": {"skipped": True},
 }
 
@@ -1264,12 +1266,12 @@ def test_tiny_tokenizer_round_trips_any_text_and_keeps_integers_whole():
     rng = random.Random(0)
     assert all(len(TINY.encode(word)) == 1 for word in (*map(str, range(1000)), *tasks.WORDS))
     assert TINY.encode("12 345: yes\n1234") == [268, 32, 601, 262, 379, 52]
-    assert (TINY.size, TINY.eos_id) == (1275, 1274)
+    assert TINY.eos_ids == [1274]
     pieces = [*tasks.WORDS, *TINY.markers, *("<end>", "007", "1234567", "é", "🙂", "\0")]
     for _ in range(300):
         text = "".join(rng.choices(pieces, k=20))
         tokens = TINY.encode(text)
-        assert TINY.decode(tokens) == text and max(tokens) < TINY.eos_id - 18
+        assert TINY.decode(tokens) == text and max(tokens) < 1274 - 18
     assert len(TINY.chat("<candidate 1>\n" + tasks.AGGREGATE)) == 2
 
 
@@ -1486,7 +1488,7 @@ def test_pairs_of_every_kind(with_library, library, monkeypatch):
         rewarded = is_right(pair["gold"], pair["answer"])
         assert pair["right"] or not rewarded, pair
         missed += [pair] * (pair["right"] and not rewarded)
-    assert len(missed) <= (8 if with_library else 60), missed
+    assert len(missed) <= (4 if with_library else 65), missed
 
 
 VOTES = {
@@ -1506,9 +1508,9 @@ def test_votes_count_values_and_not_spellings():
 
 SAYS_7 = r"""
 \boxed{7}|\boxed{1} or $\boxed{7}$.|\boxed 7|\boxed {7}|\fbox{7}|$\boxed 7$|\boxed{\boxed{7}}
-\boxed{7} \boxed{5|\boxed{7}, Answer: 5|Answer: \boxed{7}|**Answer**: 7|Final answer: 7
-**Answer:** $7$.|Answer:#7|## Answer: #\[#7#\]|The answer is: 7|Answer: 1#Answer: 7
-<think>\boxed{1}</think> \boxed{7}|\boxed{1}</think>Answer: 7
+\boxed{7} \boxed{5|\boxed{7} in \boxed{}.|\boxed{7}, Answer: 5|Answer: \boxed{7}
+**Answer**: 7|Final answer: 7|**Answer:** $7$.|Answer:#7|## Answer: #\[#7#\]|The answer is: 7
+Answer: 1#Answer: 7|<think>\boxed{1}</think> \boxed{7}|\boxed{1}</think>Answer: 7
 """
 SAYS_NOTHING = (
     r"""<think>\boxed{7}|Answer: |7|<think>\boxed{1}</think> so 7|\boxed{}|\boxed{ $ }|}{||"""

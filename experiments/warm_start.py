@@ -114,7 +114,7 @@ def document(task, problem, tokenizer, rng, role, skill, noise):
         texts = candidates(task, problem, rng, skill, noise)
         text = aggregation(task, problem, texts, rng, noise)
         read = spiral.aggregation_prompt(tokenizer, prompt, texts)
-    written = [*tokenizer.encode(text), tokenizer.eos_id]
+    written = [*tokenizer.encode(text), *tokenizer.eos_ids]
     known = min(len(start) + 1, len(read))  # a search trace must not begin like a candidate
     weights = [0.0] * known + [0.3] * (len(read) - known) + [1.0] * len(written)
     return torch.tensor(read + written), torch.tensor(weights)
