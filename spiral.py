@@ -440,7 +440,7 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
 
 
 def search_advantages(rewards, sets, num_traces, balanced=False, published=False):
-    """Set credit (paper.md section 5): rewards [P, K, N2], sets [P, K, n] -> a_j, [P, N1].
+    """Set credit (see experiments/): rewards [P, K, N2], sets [P, K, n] -> a_j, [P, N1].
     A_set(k) = f_k - mean_{l != k} f_l is the set's score against the other sets', and
     a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j too:
     j's own score is then in the baseline, which cancels this fraction of its signal. published:
@@ -473,7 +473,7 @@ def grpo_advantages(rewards):
 
 
 def curve_advantages(trace_rewards, curve, set_size):
-    """Set credit with far less noise, and bias (paper.md section 7): trace_rewards [P, N1], 0 or 1,
+    """Set credit with far less noise, and bias (see experiments/): trace_rewards [P, N1], 0 or 1,
     response curve [n + 1] -> [P, N1]. curve[c], how often an aggregation is right when c of the n
     candidates are, gives all C(N1, n) sets a score for nothing. A trace gets n / N1 times the mean
     score of the sets that hold it minus that of the others. Curve c / n makes this grpo_advantages,
@@ -689,7 +689,7 @@ def rewards_of(groups):
 
 
 def assign_advantages(groups, advantages, target_length):
-    """Hands out advantages [groups, completions], beyond L_target none > 0 (paper.md section 4)."""
+    """Hands out advantages [groups, completions], beyond L_target none > 0 (see experiments/)."""
     completions = [c for group in groups for c in group.completions]
     for c, advantage in zip(completions, advantages.flatten().tolist(), strict=True):
         gated = advantage > 0 and 0 < target_length < len(c.tokens)

@@ -98,7 +98,7 @@ def machine_limits():
 
 def add(case, ratios, **more):
     ratio = statistics.median(ratios)
-    print(f"{case:<24}{ratio:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    print(f"{case:<24}{ratio:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})")
     ROWS.append({"case": case, "ratio": ratio, "ratios": ratios, **more})
 
 

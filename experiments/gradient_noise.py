@@ -1,6 +1,7 @@
-"""How noisy is each credit of search? Measured on fixed weights (paper.md section 7).
+"""How noisy is each credit of search? Measured on fixed weights (see README.md).
 
     python experiments/gradient_noise.py                                   # the start policy
+    python experiments/gradient_noise.py --seed 1 --name "start, seed 1"   # on other problems
     python experiments/gradient_noise.py --model runs/X/step-00060 --name "after training"
     python experiments/plot.py --table noise                               # the table
 
@@ -130,8 +131,8 @@ def main():
     _, rewards, scores, tokens = zip(*found, strict=True)
     right = torch.stack(rewards)[..., SETS].sum(-1)  # [problems, R, 70]
     measured = [torch.stack(scores)[right == c].mean().item() for c in range(N + 1)]
-    entry = {"command": sys.argv, "seed": args.seed, "tokens": sum(tokens) / len(tokens)}
-    entry |= {"curve": measured, "credits": {}, "lattice_bias": {}}
+    entry = {"command": sys.argv, "tokens": sum(tokens) / len(tokens), "curve": measured}
+    entry |= {"credits": {}, "lattice_bias": {}}
     for name, (curve, *design) in CREDITS.items():
         curve = torch.tensor(curve or measured)
         entry["credits"][name] = [moments(*each[:3], curve, *design) for each in found]

@@ -54,7 +54,7 @@ def kill(count):
             assert run(out)
             equal = [(out / name).read_bytes() == (whole / name).read_bytes() for name in FILES]
             runs, same = runs + 1, same + all(equal)
-            print(f"{kills} kills, {same} of {runs} runs as the undisturbed one", flush=True)
+            print(f"{kills} kills, {same} of {runs} runs as the undisturbed one")
     return {"kills": kills, "runs": runs, "same": same}
 
 

@@ -300,7 +300,7 @@ def run_pieces(pieces, args, runs, results):
     """At most args.jobs processes at a time, in order. Their output goes to log.txt."""
     done = {row["id"] for name in FILES for row in read(results / name)}
     waiting = [piece for piece in pieces if piece["id"] not in done]
-    print(f"{len(pieces)} pieces, {len(pieces) - len(waiting)} done before", flush=True)
+    print(f"{len(pieces)} pieces, {len(pieces) - len(waiting)} done before")
     running = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
