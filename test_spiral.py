@@ -741,7 +741,7 @@ def test_templates_that_fail_or_drop_the_message_are_refused(template, tmp_path)
 
 @functools.cache
 def text_policy():
-    model = random_model("Qwen3", **{**HALF, "vocab_size": TINY.size}, head_dim=8)
+    model = random_model("Qwen3", **{**HALF, "vocab_size": 1275}, head_dim=8)
     model.set_attn_implementation("spiral")
     return spiral.Policy(model, TINY, spiral.Memory(model, 40, 600, 10))
 
@@ -1553,7 +1553,7 @@ BAD_ROWS += [
 ]
 BAD_ROWS += [{"problem": "a"}, {"answer": "2"}]
 BAD_ROWS += [{**ROW, "answer": value} for value in (None, "", " ", "$$", ["2"], "9" * 201)]
-BAD_ROWS += [{**ROW, "problem": value} for value in (5, "", " \n", None, "a" * 20_001, "\ud800")]
+BAD_ROWS += [{**ROW, "problem": value} for value in ({}, "", " \n", None, "a" * 20_001, "\ud800")]
 BAD_ROWS += [{**ROW, "split": value} for value in ("dev", None, ["train"])]
 
 
