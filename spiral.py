@@ -163,7 +163,7 @@ def load_policy(config, question=""):
         parameter.data = parameter.data.clone()
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # eval for good: no dropout
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing:  # its name in 5.23 is new, this one works as well
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
