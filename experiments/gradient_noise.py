@@ -98,18 +98,18 @@ def lattice_bias(curve, words=16, policies=1000):
     for _ in range(policies):
         logits = 2 * torch.randn(words, dtype=torch.float64, generator=generator)
         rewards = (torch.rand(words, generator=generator) < 0.5).double()
-        policy = logits.requires_grad_().softmax(0)
+        policy = logits.requires_grad_().softmax(0)  # [V]
         right = policy @ rewards
         chances = [math.comb(N, c) * right**c * (1 - right) ** (N - c) for c in range(N + 1)]
         true += torch.autograd.grad(torch.stack(chances) @ curve.double(), logits)
         cdf = policy.detach().cumsum(0)
-        shifts = torch.cat([cdf.new_tensor([0, 1]), cdf * N1 % 1]).sort()[0]
-        middles = (shifts[1:] + shifts[:-1])[:, None] / 2
-        said = torch.searchsorted(cdf, (torch.arange(N1) + middles) / N1)  # [shifts, N1]
+        shifts = torch.cat([cdf.new_tensor([0, 1]), cdf * N1 % 1]).sort()[0]  # where words change
+        middles = (shifts[1:] + shifts[:-1])[:, None] / 2  # [S, 1], of these intervals
+        said = torch.searchsorted(cdf, (torch.arange(N1) + middles) / N1)  # [S, N1] words
         said.clamp_(max=words - 1)
-        credit = spiral.curve_advantages(rewards[said], curve, N).double()
-        scores = torch.eye(words)[said] - policy.detach()  # grad log pi
-        ours.append(shifts.diff() @ (credit[:, None] @ scores)[:, 0])
+        credit = spiral.curve_advantages(rewards[said], curve, N).double()  # [S, N1]
+        scores = torch.eye(words)[said] - policy.detach()  # [S, N1, V] grad log pi
+        ours.append(shifts.diff() @ (credit[:, None] @ scores)[:, 0])  # [V], over all shifts
     ours, true = torch.stack(ours), torch.stack(true)
     along = (ours * true).sum()
     return [(along / x).item() for x in (true.norm() ** 2, true.norm() * ours.norm())]
