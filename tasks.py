@@ -247,7 +247,7 @@ class Countdown(Task):  # reach a target with each given number used exactly onc
     def answer(self, text):
         """Of `3*7+5 = 21+5 = 26` the side with the most numbers, 3*7+5."""
         sides = equation(extract_answer(text) or final_answer(text))
-        return max(sides, key=lambda side: len(side[1]), default=(0, [], None))[2]
+        return max(sides, key=lambda side: len(side[1]), default=[None] * 3)[2]
 
     def reward(self, problem, text):
         value, integers, _ = evaluate(self.answer(text) or "0")  # a number alone solves nothing
@@ -354,15 +354,17 @@ def spell(node):
 
 def agree(right, answer, same):
     """Whether nodes are equal, by same(a, b) of values; name and unit unless they are missing."""
-    names, (value, other), units = zip(right, answer, strict=True)
+    names, values, units = zip(right, answer, strict=True)
+    value, other = values
     if names[0] == other or names[1] == value:  # (B) 12 is as right as B
         return True
     if any(a and b and a != b for a, b in (names, units)):
         return False
     if type(value) is type(other) is list and len(value) == len(other):
         if units[0] == "{}":
-            return all(any(agree(a, b, same) for b in other) for a in value)
-        return all(agree(*pair, same) for pair in zip(value, other, strict=True))
+            here, there = ([sum(agree(a, b, same) for b in side) for a in value] for side in values)
+            return here == there
+        return all(agree(*pair, same) for pair in zip(*values, strict=True))
     if number(str(value)):  # for 5 as an answer a + b = 5 is right
         other = re.sub(".*[^<>!:]=", "", str(other))
     return same(value, other)
@@ -474,8 +476,7 @@ class Math:  # problems of a JSONL file; a checksum decides on the split, unless
     def reward(self, problem, text):
         texts = problem["answer"], final_answer(text)
         right, answer = map(parse, texts)
-        given = right[1] and answer[1]
-        return float(bool(given and (agree(right, answer, eq) or equivalent(*texts))))
+        return float(answer[1] != "" and (agree(right, answer, eq) or equivalent(*texts)))
 
 
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
