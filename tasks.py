@@ -195,11 +195,11 @@ class Task:
         """Up to `count` distinct problems: fewer when 10,000 draws in a row bring no new one."""
         rng, found, misses = Random(f"{split} {seed}"), {}, 0
         while len(found) < count and misses < 10_000:
+            misses += 1
             problem = self.combine([rng.randint(1, self.high) for _ in range(self.size)], rng)
             if not problem:
                 continue
             key = self.key(problem)
-            misses += 1
             if split == split_of(key) and key not in found:
                 found[key] = problem
                 misses = 0
@@ -210,8 +210,8 @@ class Task:
 
 class Countdown(Task):  # reach a target with each given number used exactly once
     def __init__(self, numbers=3, high=30, max_target=120):
-        if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not 10 <= max_target <= 999:
-            raise ValueError("needs 2 to 6 numbers, high in 2..100 and max_target in 10..999")
+        if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not high <= max_target <= 999:
+            raise ValueError("needs 2 to 6 numbers, high in 2..100 and max_target in high..999")
         self.size, self.high, self.max_target = numbers, high, max_target
 
     def attempt(self, numbers, rng):

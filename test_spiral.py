@@ -1303,7 +1303,8 @@ REFUSED_TASKS = [
     ("chess", "", "chess"),
     ("countdown:colour=3", "", "countdown"),
     ("countdown:numbers=99", "", "countdown"),
-    ("countdown:numbers=2,high=2,max_target=10", "", "no problem in the split 'test'"),
+    ("countdown:high=99,max_target=40", "", "max_target"),  # no two may be combined
+    ("arithmetic:operations=8,high=100,max_value=10", "", "no problem in the split 'test'"),
     ("countdown", "some.jsonl", "--data"),
     ("math", "", "--data"),
     ("math", "none.jsonl", "none.jsonl"),
