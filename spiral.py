@@ -99,7 +99,8 @@ class Config:
                 assert fine, f"--{name.replace('_', '-')} {x}: out of range"
         assert min(self.num_sets, self.num_aggregations) > 1, "--num-sets, --num-aggregations: < 2"
         draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
-        assert self.set_size < self.num_traces, "--set-size must be below --num-traces"
+        fits = self.set_size < self.num_traces <= self.rows >= self.eval_traces
+        assert fits, "--set-size must be below --num-traces, --rows at least that and --eval-traces"
         assert self.eval_traces % self.set_size == 0, "--eval-traces: not a multiple of --set-size"
 
 
@@ -498,12 +499,11 @@ def search_credit(config, trace_rewards, rewards, sets, curve):
     the verifier about traces: trace, as GRPO would; pass, for pass@n; curve, for what the
     aggregator makes of them, measured in earlier rollouts."""
     n, kind = config.set_size, config.search_credit
-    if kind == "set":
-        how = config.num_traces, config.balanced, config.published
-        return search_advantages(rewards, sets, *how)
-    share = torch.arange(n + 1) / n
-    curves = {"trace": share, "pass": share.ceil(), "curve": curve}
-    return curve_advantages(trace_rewards, curves[kind], n)
+    if kind != "set":
+        share = torch.arange(n + 1) / n
+        curves = {"trace": share, "pass": share.ceil(), "curve": curve}
+        return curve_advantages(trace_rewards, curves[kind], n)
+    return search_advantages(rewards, sets, config.num_traces, config.balanced, config.published)
 
 
 # ---- Update: a prompt and its completions are one flat sequence: the prompt runs once ----
@@ -809,7 +809,7 @@ def pass_at_k(num_samples, num_correct, k):
 def majority_vote(answers):
     """The most frequent answer; of several, the one seen first. None (no answer) doesn't vote."""
     votes = Counter(answer for answer in answers if answer is not None)
-    return votes.most_common(1)[0][0] if votes else None
+    return max(votes, key=votes.get, default=None)
 
 
 def vote_reward(task, completions):
@@ -1006,8 +1006,9 @@ def parse_config(arguments=None):
 def run(config):
     """Training, evaluation or an answer, as the config says. Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
+        cuda = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if dist.get_rank():  # one speaks for all
             sys.stdout = open(os.devnull, "w")

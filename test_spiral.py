@@ -994,7 +994,7 @@ def test_every_field_is_documented_and_an_option(capsys):
 
 BAD_OPTIONS = """
 --set-size 9,--set-size 8,--set-size 0,--num-sets 71,--num-sets 1,--num-sets 3,
---num-aggregations 1,--task chess,--task countdown:numbers=99,
+--num-aggregations 1,--rows 7,--task chess,--task countdown:numbers=99,
 --eval-traces 15,--clip nan,--clip -0.1,--lr inf,--steps -1,--num-traces 0,
 --updates 0,--seed -1,--seed 99999999999999999999,--problems 0,--algo magic,--steps many,
 --search-credit magic,--nonsense 1,--num-trace 8,--max-prompt-tokens 5,--max-trace-tokens 0,
