@@ -1438,7 +1438,8 @@ def library(tmp_path, monkeypatch):
             tasks.worker.kill()
             tasks.worker.communicate()
         tasks.worker = None
-        (tmp_path / "math_verify.py").write_text(source)
+        for name in "math_verify", "latex2sympy2_extended":
+            (tmp_path / f"{name}.py").write_text(source)
 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
@@ -1450,10 +1451,11 @@ STAND_IN = r"""
 import mmap, os, sympy, time
 from types import SimpleNamespace
 grader, parser = SimpleNamespace(), SimpleNamespace(parse_latex_cached=str)
+latex2sympy2 = symbols = grader
 def verify(right, answer, timeout_seconds):
     assert timeout_seconds is None          # its own limit works in the main thread only
     print("1\n1")                           # no reply
-    if answer == "x-1": time.sleep(60)
+    while answer == "x-1": pass
     if answer == "x-2": 9 ** 9 ** 9         # in C, where no handler of Python's runs
     if answer == "x-3": os._exit(0)
     if answer == "x-4": raise RuntimeError
@@ -1489,7 +1491,7 @@ def test_pairs_of_every_kind(with_library, library, monkeypatch):
         rewarded = is_right(pair["gold"], pair["answer"])
         assert pair["right"] or not rewarded, pair
         missed += [pair] * (pair["right"] and not rewarded)
-    assert len(missed) <= (4 if with_library else 65), missed
+    assert len(missed) <= (4 if with_library else 75), missed
 
 
 VOTES = {
@@ -1610,7 +1612,7 @@ def test_threads_share_a_worker_and_get_their_own_replies(stand_in, spy):
     answers = ["x+x" if i % 3 == 0 else f"x-{i}x" for i in range(300)]
     with ThreadPoolExecutor(8) as pool:
         rewards = list(pool.map(is_right, ["2x"] * 300, answers))
-    assert rewards == [i % 3 == 0 for i in range(300)] and len(started) == 1
+    assert rewards == [answer == "x+x" for answer in answers] and len(started) == 1
 
 
 def test_without_the_library_it_says_so_once(no_library, capfd):
@@ -1627,7 +1629,7 @@ threading.Thread(target=tasks.equivalent, args=("2x", "{"x-1" if busy else "x+x"
 time.sleep(0.3)
 os.kill(os.getpid(), 9)"""
     killed = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    for _ in range(60):
+    for _ in range(600):
         command = ["ps", "-o", "stat=", "-p", str(int(killed.stdout))]
         if subprocess.run(command, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z"):
             return
