@@ -16,7 +16,6 @@ Simplified on purpose: no critic, reward model, KL term, paged cache or asynchro
 """
 
 import inspect
-import itertools
 import json
 import math
 import os
@@ -133,9 +132,9 @@ class Policy:
     memory: object  # of `sample`: a Memory
 
 
-def load_policy(config, question=""):
+def load_policy(config, questions=("",)):
     """The policy that config.model names, its adapters or all weights trainable. Raises, before
-    weights are loaded, if it doesn't suit us, or if no aggregation prompt of `question` fits."""
+    weights are loaded, if it doesn't suit us, or if no aggregation prompt fits some question."""
     path = TINY if config.model == "tiny" else config.model
     path = os.path.abspath(path) if os.path.isdir(path) else path  # adapters remember it
     base, adapters = path, Path(path) / "adapter_config.json"
@@ -144,6 +143,7 @@ def load_policy(config, question=""):
     settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tiny = hasattr(settings, "spiral_tokenizer")
     tokenizer = tasks.TinyTokenizer() if tiny else tasks.HubTokenizer(base, settings)
+    question = max(questions, key=lambda text: len(tokenizer.encode(text)))
     aggregation_prompt(tokenizer, question, ["0" * 99] * config.set_size, config.max_prompt_tokens)
     text = settings.get_text_config()
     plain = text.model_type in PLAIN and not getattr(text, "sliding_window", None)
@@ -487,11 +487,11 @@ def curve_advantages(trace_rewards, curve, set_size):
         ways = [comb(m, c) * comb(many - 1 - m, size - c) for c in range(size + 1)]
         return torch.tensor([x / sum(ways) for x in ways]) @ curve[r : r + size + 1]
 
-    credit = torch.zeros(2, many)  # by the trace's reward, and right ones of the others
-    for r, m in itertools.product(range(2), range(many)):
-        in_it, out_of_it = mean_score(m, set_size - 1, r), mean_score(m, set_size, 0)
-        credit[r, m] = set_size / many * (in_it - out_of_it)
-    return credit[right, right_others]
+    credit = [  # [2, N1]: by the trace's reward, and right ones of the others
+        [mean_score(m, set_size - 1, r) - mean_score(m, set_size, 0) for m in range(many)]
+        for r in range(2)
+    ]
+    return set_size / many * torch.tensor(credit)[right, right_others]
 
 
 def search_credit(config, trace_rewards, rewards, sets, curve):
@@ -842,8 +842,7 @@ def solve(policy, task, problem, config, generator=None):
         answers = [task.answer(c.text) for c in group.completions]
         votes = Counter(answer or "no answer" for answer in answers)
         print(f"votes after {step} aggregations: {dict(votes.most_common())}")
-        if majority_vote(answers) is None:
-            print(f"one of the texts: {group.completions[0].text}")
+        print(f"one of the texts: {group.completions[0].text}")
     return majority_vote(answers)
 
 
@@ -878,7 +877,8 @@ def save_checkpoint(folder, state, policy, optimizer):
     if hasattr(policy.tokenizer, "hf"):  # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
     masters = optimizer.param_groups[0]["params"]
-    torch.save([masters, optimizer.state_dict()], aside / "optimizer.pt")
+    with open(aside / "optimizer.pt", "wb") as file:  # of a path torch doesn't say "disk full"
+        torch.save([masters, optimizer.state_dict()], file)
     (aside / "state.json").write_text(json.dumps(state))
     os.sync()
     os.replace(aside, folder)
@@ -886,7 +886,8 @@ def save_checkpoint(folder, state, policy, optimizer):
 
 def resume(config, out):
     """(folder, state) of the newest checkpoint, or (None, new state). Refuses another run's."""
-    fixed = "algo task data model seed train_problems lora_rank dtype set_size".split()
+    fixed = """algo search_credit published lattice task data model seed train_problems lora_rank
+    dtype num_traces set_size num_sets num_aggregations balanced""".split()
     run = {name: getattr(config, name) for name in fixed}
     for folder in sorted(out.glob(CHECKPOINTS), reverse=True):
         state = json.loads((folder / "state.json").read_text())
@@ -929,8 +930,8 @@ def train(task, config, out):
     """Evaluates the start of a new run, or resumes; steps; evaluates. Returns the exit code."""
     problems = task.problems("train", config.train_problems, config.seed)
     folder, state = resume(config, out)
-    longest = max(map(task.prompt, problems), key=len)
-    policy = load_policy(replace(config, model=str(folder or config.model)), longest)
+    config = replace(config, model=str(folder or config.model))
+    policy = load_policy(config, map(task.prompt, problems))
     optimizer = make_optimizer(policy.model, config.lr, folder)
     print(f"{config.algo} on {config.task}, into {out}/")
     if not folder:
@@ -938,7 +939,7 @@ def train(task, config, out):
     metrics = open(out / "metrics.jsonl", "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
     signals, stop = [], 0
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda number, _: signals.append(number))
     for step in range(state["step"] + 1, config.steps + 1):
         stats, records = train_step(policy, optimizer, task, problems, state, config)
@@ -1006,9 +1007,8 @@ def parse_config(arguments=None):
 def run(config):
     """Training, evaluation or an answer, as the config says. Returns the exit code."""
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        cuda = torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        if cuda:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if dist.get_rank():  # one speaks for all
             sys.stdout = open(os.devnull, "w")

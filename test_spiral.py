@@ -906,7 +906,7 @@ def test_evaluation_numbers_by_hand(monkeypatch):
     assert [scores[name] for name in names.split(",")] == pytest.approx(expected)
 
 
-def test_solve_votes_and_shows_a_text_when_nothing_parses(monkeypatch, capsys):
+def test_solve_shows_votes_and_texts(monkeypatch, capsys):
     script(monkeypatch, ["????"], "33?2")
     config = spiral.Config(set_size=2, eval_traces=4, rsa_steps=1)
     assert spiral.solve(None, ARITHMETIC, None, config, seeded()) == "3"
@@ -1133,13 +1133,12 @@ def interrupted_run(number, out):
     """A run that a signal, or a full disk (28), hits while it writes its second checkpoint."""
     save = torch.save
 
-    def save_or_end(value, path):
+    def save_or_end(value, file):
         if (out / "step-00001").exists():
-            path.write_bytes(b"half")
             if number == 28:
                 raise OSError(number, "No space left on device")
             os.kill(os.getpid(), number)
-        save(value, path)
+        save(value, file)
 
     torch.save = save_or_end
     sys.exit(run(STEPS, out))
@@ -1162,7 +1161,8 @@ def test_another_run_in_the_folder_is_refused(tmp_path, error_of):
     command = UNSEEN, "--task math --data", data, "--out", out, "--steps"
     assert run(*command, 1) == 0
     before = (out / "metrics.jsonl").read_bytes()
-    assert "seed" in error_of(*command, 2, "--seed 1")
+    for other in "--seed 1", "--search-credit set":
+        assert "another run" in error_of(*command, 2, other)
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
