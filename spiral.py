@@ -475,10 +475,9 @@ def grpo_advantages(rewards):
 
 def curve_advantages(trace_rewards, curve, set_size):
     """Set credit with far less noise, and bias (see experiments/): trace_rewards [P, N1], 0 or 1,
-    response curve [n + 1] -> [P, N1]. curve[c], how often an aggregation is right when c of the n
-    candidates are, gives all C(N1, n) sets a score for nothing. A trace gets n / N1 times the mean
-    score of the sets that hold it minus that of the others. Curve c / n makes this grpo_advantages,
-    a step at 1 the leave-one-out gradient of pass@n."""
+    curve [n + 1] -> [P, N1]. curve[c], how often aggregations are right when c of n candidates are,
+    scores all C(N1, n) sets for nothing. A trace gets n / N1 times the mean score of the sets that
+    hold it minus that of the others. c / n makes this grpo_advantages, a step at 1 pass@n."""
     many, right = trace_rewards.shape[1], trace_rewards.long()
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
@@ -495,9 +494,8 @@ def curve_advantages(trace_rewards, curve, set_size):
 
 
 def search_credit(config, trace_rewards, rewards, sets, curve):
-    """a_j [P, N1], as --search-credit says. set: the paper's, by aggregations alone. The others ask
-    the verifier about traces: trace, as GRPO would; pass, for pass@n; curve, for what the
-    aggregator makes of them, measured in earlier rollouts."""
+    """a_j [P, N1]. set: the paper's, by aggregations alone. The others ask the verifier about
+    traces: trace, as GRPO would; pass, for pass@n; curve, for what aggregations made of them."""
     n, kind = config.set_size, config.search_credit
     if kind != "set":
         share = torch.arange(n + 1) / n
@@ -877,8 +875,10 @@ def save_checkpoint(folder, state, policy, optimizer):
     if hasattr(policy.tokenizer, "hf"):  # the tiny one is named in config.json
         policy.tokenizer.hf.save_pretrained(aside)
     masters = optimizer.param_groups[0]["params"]
-    with open(aside / "optimizer.pt", "wb") as file:  # of a path torch doesn't say "disk full"
-        torch.save([masters, optimizer.state_dict()], file)
+    try:
+        torch.save([masters, optimizer.state_dict()], aside / "optimizer.pt")
+    except RuntimeError:  # torch speaks of streams
+        raise OSError(f"can't write {aside}: is the disk full?") from None
     (aside / "state.json").write_text(json.dumps(state))
     os.sync()
     os.replace(aside, folder)
