@@ -153,11 +153,10 @@ def load_policy(config, questions=("",)):
     assert fits, f"prompt and completion exceed {text.max_position_embeddings} tokens"
     how = {"attn_implementation": "spiral", "use_safetensors": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **how)
-    if config.lora_rank and not adapters.exists():
+    if (rank := config.lora_rank) and not adapters.exists():
         from peft import LoraConfig
 
         torch.manual_seed(config.seed)  # the same adapters in every process
-        rank = config.lora_rank
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         # Weights mapped from a file are aligned differently, and kernels then round differently
@@ -230,7 +229,7 @@ class Memory:
         self.own = zeros(rows, heads, new_tokens, width)
         self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is replay_graph()'s
         self.graphs = {}  # which share scratch memory, the pool
-        self.pool = torch.cuda.graph_pool_handle() if self.own.is_cuda else None
+        self.pool = self.own.is_cuda and torch.cuda.graph_pool_handle()
 
 
 def draw_codes(num_samples, generator=None, lattice=1):
@@ -299,7 +298,7 @@ def decode_step(policy, inputs, shape, temperature):
     tokens, steps, lengths, slots = inputs[:4].long()
     prompts = policy.memory.prompts[:, :, :count, :, :prompt_columns]  # [layers, 2, U, kv, L, D]
     own = policy.memory.own[:, :, : len(slots), :, :own_columns]  # [layers, 2, B, kv, T, D]
-    start, sizes = prompts.shape[4], (prompts.shape[4], own.shape[4])  # L, T
+    sizes = start, _ = prompts.shape[4], own.shape[4]  # L, T
     index = torch.arange(len(slots) + sum(sizes), device=slots.device)
     rows, column = index[: len(slots)], index[: sum(sizes)]
     seen = torch.where(column < start, column < lengths[:, None], column <= start + steps[:, None])
@@ -315,9 +314,10 @@ def decode_step(policy, inputs, shape, temperature):
     def attend(layer, query, key, value):  # [B, H, 1, D] -> [B, 1, H, D]
         own[layer, :, rows, :, steps] = torch.stack([key, value], 1)[:, :, :, 0]
         (prompt_keys, prompt_values), (keys, values) = prompts[layer], own[layer]
-        query = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0]  # [B, kv, G, D]: G share a key
+        query = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0].float()  # [B, kv, G, D]
+        keys, prompt_keys = keys.float(), prompt_keys.float()  # fused kernels add up so
         scores = [with_prompts("upkgd,ukld->upkgl", query, prompt_keys), query @ keys.mT]
-        weights = (torch.cat(scores, -1) + bias).softmax(-1, torch.float32).to(values.dtype)
+        weights = (torch.cat(scores, -1) + bias).softmax(-1).to(values.dtype)
         of_prompt, of_own = weights.split(sizes, -1)
         mixed = with_prompts("upkgl,ukld->upkgd", of_prompt, prompt_values) + of_own @ values
         return mixed.flatten(1, 2)[:, None]
@@ -947,7 +947,7 @@ def train(task, config, out):
         save = not step % config.save_every or step == config.steps or stop
         if records and save:
             print(f"--- step {step} ---\n{transcript(task, records[0])}")
-        if world()[0] == 0:
+        if not world()[0]:
             print(json.dumps(stats), file=metrics, flush=True)
             state["metrics_bytes"] = metrics.tell()
             if save:
@@ -977,7 +977,7 @@ def report(policy, task, config, out, name):
                 sums[key] += score * len(part)
             done += len(part)
     finally:
-        if done and world()[0] == 0:
+        if done and not world()[0]:
             row = {"policy": name, "problems": done}
             row |= {key: round(x / done, 4) for key, x in sums.items()}
             with open(out / "evaluation.jsonl", "a") as file:
