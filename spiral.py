@@ -298,9 +298,9 @@ def decode_step(policy, inputs, shape, temperature):
     tokens, steps, lengths, slots = inputs[:4].long()
     prompts = policy.memory.prompts[:, :, :count, :, :prompt_columns]  # [layers, 2, U, kv, L, D]
     own = policy.memory.own[:, :, : len(slots), :, :own_columns]  # [layers, 2, B, kv, T, D]
-    sizes = start, _ = prompts.shape[4], own.shape[4]  # L, T
-    index = torch.arange(len(slots) + sum(sizes), device=slots.device)
-    rows, column = index[: len(slots)], index[: sum(sizes)]
+    start, width = prompts.shape[4], own.shape[4]  # L, T
+    index = torch.arange(len(slots) + start + width, device=slots.device)
+    rows, column = index[: len(slots)], index[: start + width]
     seen = torch.where(column < start, column < lengths[:, None], column <= start + steps[:, None])
     bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
 
@@ -318,7 +318,7 @@ def decode_step(policy, inputs, shape, temperature):
         keys, prompt_keys = keys.float(), prompt_keys.float()  # fused kernels add up so
         scores = [with_prompts("upkgd,ukld->upkgl", query, prompt_keys), query @ keys.mT]
         weights = (torch.cat(scores, -1) + bias).softmax(-1).to(values.dtype)
-        of_prompt, of_own = weights.split(sizes, -1)
+        of_prompt, of_own = weights.split([start, width], -1)
         mixed = with_prompts("upkgl,ukld->upkgd", of_prompt, prompt_values) + of_own @ values
         return mixed.flatten(1, 2)[:, None]
 

@@ -155,7 +155,7 @@ def evaluate(text):
         tree = ast.parse(re.fullmatch(SHORT, text.strip())[0], mode="eval").body
         integers = [*map(int, re.findall("[0-9]+", text))]
         return calculate(tree), integers, ast.unparse(tree).replace(" ", "")
-    except Exception:  # of anybody's text
+    except Exception:  # hostile text fails in any way
         raise ValueError(f"{text[:MAX_ANSWER]!r} is no short expression with + - * /") from None
 
 
@@ -356,14 +356,14 @@ def agree(right, answer, same):
     """Whether nodes are equal, by same(a, b) of values; name and unit unless they are missing."""
     names, values, units = zip(right, answer, strict=True)
     value, other = values
-    if '"' in names[0] == other or '"' in names[1] == value:  # (B) 12 is as right as B
+    if '"' in names[0] == other or '"' in names[1] == value:  # of (B) 12, "b is enough
         return True
     if any(a and b and a != b for a, b in (names, units)):
         return False
     if type(value) is type(other) is list and len(value) == len(other):
         if units[0] == "{}":
             here, there = ([sum(agree(a, b, same) for b in side) for a in value] for side in values)
-            return here == there
+            return here == there  # each as often as in the other list
         return all(agree(*pair, same) for pair in zip(*values, strict=True))
     if number(str(value)):  # for 5 as an answer a + b = 5 is right
         other = re.sub(".*[^<>!:]=", "", str(other))
