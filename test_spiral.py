@@ -997,7 +997,8 @@ BAD_OPTIONS = """
 --num-aggregations 1,--rows 7,--task chess,--task countdown:numbers=99,
 --eval-traces 15,--clip nan,--clip -0.1,--lr inf,--steps -1,--num-traces 0,
 --updates 0,--seed -1,--seed 99999999999999999999,--problems 0,--algo magic,--steps many,
---search-credit magic,--nonsense 1,--num-trace 8,--max-prompt-tokens 5,--max-trace-tokens 0,
+--search-credit magic,--nonsense 1,--num-trace 8,--max-prompt-tokens 5,
+--max-prompt-tokens 37 --task arithmetic:operations=6,--max-trace-tokens 0,
 --eval-traces 0,--data nowhere.jsonl --task math"""
 
 
