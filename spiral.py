@@ -55,7 +55,7 @@ class Config:
     task: str = "countdown"  # or arithmetic, math, "countdown:numbers=4,high=30"
     data: str = ""  # for math: a JSONL of {"problem": ..., "answer": ...}
     model: str = "tiny"  # shipped; or a folder in Hugging Face format, or a hub id
-    out: str = ""  # folder of the run, resumed if it holds one; default runs/ALGO-TASK-SEED
+    out: str = ""  # resumed if it holds a run; default runs/ALGO-TASK-SEED, or evaluation-TASK-SEED
     seed: int = 0  # fixes problems, traces and sets
     num_traces: int = 8  # N1: search traces per problem
     set_size: int = 4  # n: traces in a set
@@ -70,7 +70,7 @@ class Config:
     max_draws: int = 2  # draw at most this many times `problems` to find them
     train_problems: int = 8000  # at most so many, shuffled every time through
     updates: int = 1  # optimizer updates per rollout; 1 is plain REINFORCE
-    clip: float = 0.2  # of the importance ratio; matters when updates > 1
+    clip: float = 0.2  # of the importance ratio; matters when updates > 1, or in bf16
     target_length: int = 0  # L_target: longer ones get no positive advantage; 0: off
     lr: float = 1e-4  # learning rate of AdamW, constant after 5 steps of warm-up
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -82,7 +82,7 @@ class Config:
     micro_batch_tokens: int = 4096  # tokens per forward and backward pass
     gradient_checkpointing: bool = False  # less memory, more time
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bf16 trains fp32 copies
-    lora_rank: int = 0  # train LoRA adapters of this rank (peft); 0: all weights
+    lora_rank: int = 0  # of new LoRA adapters (peft); 0: all weights, or the adapters of --model
     eval_problems: int = 200  # held-out problems of the table; 0: no evaluation
     eval_traces: int = 8  # traces per held-out problem, and population of RSA
     rsa_steps: int = 2  # steps of recursive self-aggregation (RSA)
@@ -97,9 +97,9 @@ class Config:
                 fine = 0 <= x < 2**31 and (x or name in may_be_0.split())
                 assert fine, f"--{name.replace('_', '-')} {x}: out of range"
         assert min(self.num_sets, self.num_aggregations) > 1, "--num-sets, --num-aggregations: < 2"
-        draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
         fits = self.set_size < self.num_traces <= self.rows >= self.eval_traces
         assert fits, "--set-size must be below --num-traces, --rows at least that and --eval-traces"
+        draw_sets(self.num_traces, self.set_size, self.num_sets, None, self.balanced)
         assert self.eval_traces % self.set_size == 0, "--eval-traces: not a multiple of --set-size"
 
 
@@ -482,7 +482,7 @@ def curve_advantages(trace_rewards, curve, set_size):
     right_others = right.sum(1, keepdim=True) - right  # [P, N1]
 
     def mean_score(m, size, r):
-        """Of all sets of `size` other traces (m of which are right) and r right ones."""
+        """Of all sets of `size` of the others, m of them right, and of r right ones."""
         ways = [comb(m, c) * comb(many - 1 - m, size - c) for c in range(size + 1)]
         return torch.tensor([x / sum(ways) for x in ways]) @ curve[r : r + size + 1]
 
@@ -494,7 +494,7 @@ def curve_advantages(trace_rewards, curve, set_size):
 
 
 def search_credit(config, trace_rewards, rewards, sets, curve):
-    """a_j [P, N1]. set: the paper's, by aggregations alone. The others ask the verifier about
+    """a_j [P, N1]. set: by aggregations alone, as in the paper. The others ask the verifier about
     traces: trace, as GRPO would; pass, for pass@n; curve, for what aggregations made of them."""
     n, kind = config.set_size, config.search_credit
     if kind != "set":
@@ -562,7 +562,7 @@ def completion_logprobs(model, groups, temperature):
     table = torch.tensor(table, device=model.device).T  # [5, M]
     inputs, positions, targets = table[:3, None].long()  # [1, M]
 
-    def attend(layer, *parts):  # queries, keys, values [1, H, M, D] -> [1, M, H, D]
+    def attend(layer, *parts):  # queries [1, H, M, D], keys, values [1, kv, M, D] -> ..
         out, split = [], [x.split(sizes, 2) for x in parts]
         for mask, query, *own in zip(masks, *split, strict=True):
             if mask is None:
@@ -579,7 +579,7 @@ def completion_logprobs(model, groups, temperature):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
-    """PPO's clipped loss, summed over tokens; all [N]. A rollout's first update is REINFORCE."""
+    """PPO's clipped loss, a sum over tokens; all [N]. In fp32 the first update is REINFORCE."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
@@ -673,9 +673,9 @@ def aggregate(policy, task, problems, groups, sets, config, num_samples, generat
 @dataclass
 class Record:  # one problem's rollout
     problem: object
-    search: Group  # N1 traces
+    search: Group  # N1 traces; for grpo N1 + K N2
     aggregations: list  # K Groups of N2 aggregations
-    sets: torch.Tensor  # [K, n] indices of traces
+    sets: torch.Tensor  # [K, n] indices of traces; for grpo []
 
     def completions(self):
         return [c for group in [self.search, *self.aggregations] for c in group.completions]
@@ -777,7 +777,7 @@ def notes(stats, start):
         f"no problem has an advantage; {right} of the answers are right": not stats["useful"],
         "most traces are cut off: raise --max-trace-tokens": search["truncated"] > 0.5,
         "most aggregations are cut off: raise --max-aggregation-tokens": answers["truncated"] > 0.5,
-        "the search collapses: lower --search-weight or --lr": search["reward"] < 0.5 * start,
+        "the search collapses: lower --lr or --search-weight": search["reward"] < 0.5 * start,
         f"sampler and trainer are {apart} nats a token apart": stats["logprob_difference"] > 0.1,
         "loss or gradient is not finite: no step. Lower --lr": stats["skipped"],
     }
@@ -991,7 +991,7 @@ def report(policy, task, config, out, name):
 
 
 def parse_config(arguments=None):
-    """Config from options, and from files of them (@experiments/paper.args). Raises ValueError."""
+    """Config from options, and from files of them (@experiments/paper.args). Raises as Config."""
     texts = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for option in fields(Config):
         option.metadata = {"help": texts[option.name]}

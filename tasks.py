@@ -126,13 +126,13 @@ def after_thought(text):
 
 
 def extract_answer(text):
-    """What follows the last "Answer:" on its line or the next, undecorated; None: nothing."""
+    """What follows the last "Answer:", blank lines skipped, undecorated; None: nothing."""
     *_, line = "", *re.findall(ANSWER_LINE, after_thought(text))
     return line[:MAX_ANSWER].rstrip(" \t\r.$*`") or None
 
 
 def final_answer(text):
-    r"""What the last \boxed{...} holds, else the last "Answer:" line, else ""."""
+    r"""The last \boxed{...} of 1 to 200 characters, else the last "Answer:" line, else ""."""
     boxes = map("".join, re.findall(BOX, after_thought(text)))
     *_, box = "", *[box for box in boxes if 0 < len(box) <= MAX_ANSWER]
     return box or extract_answer(text) or ""
@@ -169,7 +169,7 @@ def equation(text):
 
 
 def apply(a, operator, b, limit):
-    """a operator b as a non-negative integer up to `limit`, or None."""
+    """a operator b as a non-negative integer (+ - *: up to `limit`), or None."""
     if operator == "/":
         return a // b if b and a % b == 0 else None
     value = {"+": a + b, "-": a - b, "*": a * b}[operator]
@@ -382,7 +382,7 @@ def equivalent(right, answer):
             if not process.stdout.readline():
                 process.wait()
                 process = False
-                print("note: no math-verify: numbers and text are compared alone", file=sys.stderr)
+                print("note: no math-verify: LaTeX is compared by spelling", file=sys.stderr)
         reply = ""
         if process:
             print(json.dumps([right, answer]), file=process.stdin, flush=True)
@@ -441,7 +441,7 @@ class Math:  # problems of a JSONL file; a checksum decides on the split, unless
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    self.add(json.loads(line, parse_float=str, parse_int=str))  # 0.10 is no 0.1
+                    self.add(json.loads(line, parse_float=str, parse_int=str))  # digits as written
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 raise ValueError(f"{path} line {number}: {reason}") from None
@@ -452,7 +452,7 @@ class Math:  # problems of a JSONL file; a checksum decides on the split, unless
         for name, limit in ("problem", MAX_TEXT), ("answer", MAX_ANSWER):
             text = row.get(name)
             if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
-                raise ValueError(f'"{name}" must be a text of 1 to {limit} characters')
+                raise ValueError(f'"{name}" must be 1 to {limit} characters, not only $')
         if row.setdefault("split", split_of(row["problem"])) not in SPLITS:
             raise ValueError('"split" must be "train", "validation" or "test"')
         self.rows.setdefault(row["problem"], row)
@@ -460,7 +460,7 @@ class Math:  # problems of a JSONL file; a checksum decides on the split, unless
     def problems(self, split, count, seed):
         rows = [row for row in self.rows.values() if row["split"] == split]
         if not rows:
-            raise ValueError(f"math: --data has no problem in the split {split!r}")
+            raise ValueError(f"math: no --data, or none in the split {split!r}")
         Random(f"{split} {seed}").shuffle(rows)
         return rows[:count]
 

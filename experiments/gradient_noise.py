@@ -1,6 +1,6 @@
 """How noisy is each credit of search? Measured on fixed weights (see README.md).
 
-    python experiments/gradient_noise.py                                   # the start policy
+    python experiments/gradient_noise.py --name start                      # the start policy
     python experiments/gradient_noise.py --seed 1 --name "start, seed 1"   # on other problems
     python experiments/gradient_noise.py --model runs/X/step-00060 --name "after training"
     python experiments/plot.py --table noise                               # the table
@@ -119,7 +119,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs=2, default=(40, 6), help="problems, rollouts")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--name", default="start", help="what the result calls this policy")
+    parser.add_argument("--name", required=True, help="what the result calls this policy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)

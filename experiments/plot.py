@@ -1,7 +1,8 @@
 """Every table and figure, from raw files alone.
 
     python experiments/plot.py                       # the study's figures
-    python experiments/plot.py --table main          # one of TABLES; `main long`: another setting
+    python experiments/plot.py --table main          # one of TABLES, at a million tokens
+    python experiments/plot.py --table main short 2000000     # another setting or budget
     python experiments/plot.py --table experiments/results/default/seed-*       # before and after
     python experiments/plot.py --fill README.md      # all tables between their markers anew
     python experiments/plot.py runs/A runs/B         # curves of any runs, to curves.png
@@ -95,14 +96,14 @@ def factor(ours, theirs, k):
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def load(setting="short"):
-    """{run: {seed: row}} of the largest budget that there is."""
-    rows = [row for row in read(RESULTS / "evaluation.jsonl") if row["setting"] == setting]
-    largest = max(row["tokens"] for row in rows)
+def load(setting="short", tokens="1000000"):
+    """{run: {seed: row}} after a budget of so many tokens, with the options of the run's first."""
     runs = {}
-    for row in rows:
-        if row["tokens"] in (0, largest):  # 0: the start policy
-            runs.setdefault(row["run"], {})[row["seed"]] = row
+    for row in read(RESULTS / "evaluation.jsonl"):
+        if row["setting"] == setting and str(row["tokens"]) in ("0", tokens):
+            alike = runs.setdefault(row["run"], {})
+            if all(other["options"] == row["options"] for other in alike.values()):
+                alike[row["seed"]] = row
     return runs
 
 
@@ -131,8 +132,8 @@ def markdown(*rows):
     )
 
 
-def study_table(name, setting="short"):
-    runs = load(setting)
+def study_table(name, *which):
+    runs = load(*which)
     singles, pairs = TABLES[name]
     columns = []
     for names in [*((single,) for single in singles), *pairs]:

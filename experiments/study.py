@@ -169,6 +169,7 @@ def checkpoint_of(piece, folder):
         return spiral.TINY
     rows = read(folder / "metrics.jsonl")
     whole = folder / f"step-{len(rows):05d}" / "state.json"
+    assert sampled_tokens(rows[:-1]) < piece["tokens"], f"{folder} has trained for longer"
     return whole.parent if whole.exists() and sampled_tokens(rows) >= piece["tokens"] else None
 
 
@@ -258,11 +259,13 @@ def score(row):
 
 
 def tuned(args, run, results):
-    """The rival's best options of the part tune; untried settings take those of short."""
+    """The rival's best options of the part tune, if the grid leaves a choice; untried settings
+    take those of short."""
     rows = [row for row in read(results / "tuning.jsonl") if row["run"].split()[0] == run]
     rows = [row for row in rows if row["setting"] == args.setting] or rows
-    if not rows:
-        return grid(args, run)[0]
+    choices = grid(args, run)
+    if not rows or len(choices) == 1:
+        return choices[0]
     best = max(rows, key=score)
     return best["options"][len(SETTINGS[best["setting"]]) :]
 
@@ -348,6 +351,7 @@ def main():
     if args.piece:
         return work(json.loads(args.piece), runs, results)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    assert {*args.parts} <= {*PARTS}, args.parts
     for part in args.parts or PARTS:
         run_pieces([*pieces_of(args, part, results)], args, runs, results)
 

@@ -43,7 +43,7 @@ def test_every_table_in_the_readmes_is_that_of_the_raw_files(readme):
 def test_noise_of_unbiased_credits_is_measured_around_the_true_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr(gradient_noise, "RESULT", tmp_path / "noise.json")
     monkeypatch.setattr(gradient_noise, "DRAWS", 4)
-    monkeypatch.setattr(sys, "argv", ["gradient_noise.py", "--sizes", "2", "2"])
+    monkeypatch.setattr(sys, "argv", ["", "--sizes", "2", "2", "--name=start"])
     gradient_noise.main()
     found = json.loads(gradient_noise.RESULT.read_text())["start"]
     assert 1 < found["lattice_bias"]["trace"][0] < 8 / 7  # N1 / (N1 - 1): tokens fully spread
@@ -59,8 +59,8 @@ def test_robustness():
 
 def test_bench(tmp_path):
     bench.main(["--quick", "--cases=rollout,update", f"--out={tmp_path}"])
-    rows = json.loads((tmp_path / "bench_cpu.json").read_text())["rows"]
-    assert [row["case"] for row in rows][:1] == ["rollout"] and len(rows) == 4
+    rows = json.loads((tmp_path / "bench_cpu_quick.json").read_text())["rows"]
+    assert rows[0]["case"] == "rollout" and len(rows) == 4
 
 
 @pytest.mark.parametrize("path", [*HERE.glob("*.args")])
@@ -76,7 +76,6 @@ def test_the_tables_of_the_real_model_are_those_of_the_raw_rows():
 
 
 def test_real_model(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("peft"), pytest.importorskip("matplotlib")
     monkeypatch.setattr(real_model, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(real_model, "RIVALS", {"base": {}, "spiral curve": {}})
     shutil.copytree(spiral.TINY, tmp_path / "smollm2")

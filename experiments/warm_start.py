@@ -1,8 +1,8 @@
 """Make the tiny policy's warm start: imitate noisy, machine-written traces and aggregations.
 
-    python experiments/warm_start.py
+    python experiments/warm_start.py --out experiments/tiny
 
-remakes experiments/tiny, about an hour on one idle core. The demonstrations are skilful at first,
+remakes the shipped weights in about an hour of one idle core. The demonstrations are skilful first,
 to teach arithmetic, search and audit; in the last quarter of the steps they are as clumsy as the
 start that reinforcement learning wants, with room to improve in both roles.
 """
@@ -146,7 +146,7 @@ def train_step(model, optimizer, documents):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--out", default=TINY)
+    parser.add_argument("--out", default="runs/tiny")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
