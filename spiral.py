@@ -145,14 +145,15 @@ def load_policy(config, questions=("",)):
     tokenizer = tasks.TinyTokenizer() if tiny else tasks.HubTokenizer(base, settings)
     question = max(questions, key=lambda text: len(tokenizer.encode(text)))
     aggregation_prompt(tokenizer, question, ["0" * 99] * config.set_size, config.max_prompt_tokens)
-    text = settings.get_text_config()
-    plain = text.model_type in PLAIN and not getattr(text, "sliding_window", None)
-    assert plain, f"{path}: {text.model_type} attention is not known to be plain and causal"
+    odd = hasattr(settings, "quantization_config") or getattr(settings, "sliding_window", None)
+    plain = settings.model_type in PLAIN and not odd
+    assert plain, f"{path}: quantized, or {settings.model_type} not known to be plain and causal"
     longest = max(config.max_trace_tokens, config.max_aggregation_tokens)
-    fits = config.max_prompt_tokens + longest <= text.max_position_embeddings
-    assert fits, f"prompt and completion exceed {text.max_position_embeddings} tokens"
-    how = {"attn_implementation": "spiral", "use_safetensors": True, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **how)
+    fits = config.max_prompt_tokens + longest <= settings.max_position_embeddings
+    assert fits, f"prompt and completion exceed {settings.max_position_embeddings} tokens"
+    how = {"attn_implementation": "spiral", "use_safetensors": True, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, **how)
+    assert not found["missing_keys"], f"{path} has no weights for {min(found['missing_keys'])}"
     if (rank := config.lora_rank) and not adapters.exists():
         from peft import LoraConfig
 
@@ -220,12 +221,12 @@ class Memory:
     which is the first input of its rows: so all tokens are sampled in one place, decode_step()."""
 
     def __init__(self, model, rows, prompt_tokens, new_tokens):
-        settings = model.config.get_text_config()
+        settings = model.config
         queries = settings.num_attention_heads
         heads = getattr(settings, "num_key_value_heads", queries)
         width = getattr(settings, "head_dim", settings.hidden_size // queries)
-        pairs = settings.num_hidden_layers, 2  # keys, values
-        zeros = partial(torch.zeros, *pairs, dtype=model.dtype, device=model.device)
+        layers = settings.num_hidden_layers  # each with 2: keys, values
+        zeros = partial(torch.zeros, layers, 2, dtype=model.dtype, device=model.device)
         self.own = zeros(rows, heads, new_tokens, width)
         self.prompts = zeros(rows // 4 + 2, heads, prompt_tokens, width)  # one is replay_graph()'s
         self.graphs = {}  # which share scratch memory, the pool
@@ -771,14 +772,14 @@ def statistics(groups):
 
 def notes(stats, start):
     """Plain lines about what people otherwise puzzle over. start: the first step's trace reward."""
-    search, answers = stats["search"], stats["aggregation"]
-    right, apart = f"{answers['reward']:.0%}", f"{stats['logprob_difference']:.1e}"
+    search, answers, apart = stats["search"], stats["aggregation"], stats["logprob_difference"]
+    cut_off = answers["truncated"] > 0.5 and answers != search  # which for grpo are the same
     signs = {
-        f"no problem has an advantage; {right} of the answers are right": not stats["useful"],
+        f"all advantages are 0; {answers['reward']:.0%} of answers are right": not stats["useful"],
         "most traces are cut off: raise --max-trace-tokens": search["truncated"] > 0.5,
-        "most aggregations are cut off: raise --max-aggregation-tokens": answers["truncated"] > 0.5,
+        "most answers are cut off: raise --max-aggregation-tokens": cut_off,
         "the search collapses: lower --lr or --search-weight": search["reward"] < 0.5 * start,
-        f"sampler and trainer are {apart} nats a token apart": stats["logprob_difference"] > 0.1,
+        f"sampler and trainer are {apart:.1e} nats a token apart": apart > 0.1,
         "loss or gradient is not finite: no step. Lower --lr": stats["skipped"],
     }
     return [note for note, seen in signs.items() if seen]
@@ -1027,7 +1028,6 @@ def run(config):
 
 def main(arguments=None):
     """Returns the exit code. Trouble that a user can mend ends in one line."""
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):  # terminals that lack a character; logs to follow
         sys.stdout.reconfigure(errors="replace", line_buffering=True)

@@ -72,7 +72,7 @@ class TinyTokenizer:  # integers below 1000, WORDS and role markers are single t
         return self.encoding.encode(text, allowed_special="all")
 
 
-class HubTokenizer:  # of Hugging Face: its chat template, and every token that ends a completion
+class HubTokenizer:  # of Hugging Face: its chat template. Every special token ends a completion
     def __init__(self, path, settings):
         from transformers import AutoTokenizer, GenerationConfig  # the worker has no use for them
 
@@ -81,14 +81,14 @@ class HubTokenizer:  # of Hugging Face: its chat template, and every token that 
         ends = settings.eos_token_id
         try:
             self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self.eos_ids = {self.hf.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+            self.eos_ids = {*self.hf.all_special_ids, *(ends if isinstance(ends, list) else [ends])}
             assert self.chat("one") != self.chat("two"), "it leaves out the message"
         except Exception as error:  # a template is somebody else's program
             raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
         self.encode = partial(self.hf.encode, add_special_tokens=False)
         self.decode = partial(self.hf.decode, skip_special_tokens=True)
         added = self.hf.added_tokens_decoder.values()
-        self.markers = [x.content for x in added if x.special and x.content.strip()]
+        self.markers = [x.content for x in added if re.search(r"[<[|].*[]>|]", x.content)]
 
     def chat(self, text):
         if self.hf.chat_template:
@@ -98,7 +98,7 @@ class HubTokenizer:  # of Hugging Face: its chat template, and every token that 
                 return_dict=False,
                 date_string="26 Jul 2024",  # else some prompts change overnight
             )
-        return [t for t in self.hf.encode(text) if t not in self.eos_ids]  # some end every text
+        return [t for t in self.hf.encode(text) if t != self.hf.eos_token_id]  # some end every text
 
 
 def rewrite(text, table):
