@@ -22,7 +22,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import comb
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 from typing import Literal
 
 import torch
@@ -165,7 +165,7 @@ def load_policy(config, questions=("",)):
         parameter.requires_grad = "lora_" in name or not hasattr(model, "peft_config")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # eval for good: no dropout
     if config.gradient_checkpointing:  # its name in 5.23 is new, this one works as well
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.gradient_checkpointing_enable()
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
     return Policy(model, tokenizer, Memory(model, config.rows, config.max_prompt_tokens, longest))
@@ -384,10 +384,9 @@ def sample(
             for i in new:
                 active += results[i]
         decode(policy, active, held, prompts, num_samples, temperature, lattice)
-        # Finished rows leave, then prompts that nobody needs
         go_on = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(go_on.count(False))
-        compact(active, go_on, memory.own)
+        compact(active, go_on, memory.own)  # finished rows leave, then prompts that nobody needs
         needed = {row.prompt for row in active}
         compact(held, [i in needed for i in held], memory.prompts)
     progress.close()
@@ -940,8 +939,8 @@ def train(task, config, out):
     metrics = open(out / "metrics.jsonl", "a")
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
     signals, stop = [], 0
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: signals.append(number))
+    for number in SIGINT, SIGTERM:
+        signal(number, lambda number, _: signals.append(number))
     for step in range(state["step"] + 1, config.steps + 1):
         stats, records = train_step(policy, optimizer, task, problems, state, config)
         stop = int(add_up(torch.tensor(len(signals))))  # all processes, or none
@@ -949,6 +948,7 @@ def train(task, config, out):
         if records and save:
             print(f"--- step {step} ---\n{transcript(task, records[0])}")
         if not world()[0]:
+            assert metrics.seek(0, 2) == state["metrics_bytes"], f"another run writes into {out}"
             print(json.dumps(stats), file=metrics, flush=True)
             state["metrics_bytes"] = metrics.tell()
             if save:
@@ -957,11 +957,11 @@ def train(task, config, out):
                 shutil.rmtree(old)
         if stop:
             break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
+    signal(SIGINT, default_int_handler)
+    signal(SIGTERM, SIG_DFL)
+    if stop or signals:
         print(f"saved after step {state['step']}; the same command goes on from there")
-        return 128 + max(signals, default=signal.SIGTERM)
+        return 128 + max(signals, default=SIGTERM)
     report(policy, task, config, out, f"step {state['step']}")
     return 0
 

@@ -230,7 +230,8 @@ def draw_study():
             axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
     value, low, high = np.transpose([tokens for _, _, tokens in noise.values()])
     axes[2].errorbar(value, [*noise], xerr=[value - low, high - value], fmt="o")
-    axes[2].set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    ticks = 3, 10, 30, 100
+    axes[2].set_xticks(ticks, ticks)
     axes[2].minorticks_off()
     finish(figure, RESULTS / "study.png")
 

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +31,8 @@ FILES = ["metrics.jsonl", "step-00004/model.safetensors", "step-00004/optimizer.
 def run(out, seconds=None):
     """A run in a forked child, which spares the imports; killed after `seconds`."""
     child = os.fork()
-    if not child:
+    if not child:  # with a lock of its own: one that is killed would keep a shared one for ever
+        spiral.tqdm.set_lock(threading.RLock())
         sys.stdout = sys.stderr = open(f"{out}.log", "a")
         os._exit(spiral.main([*RUN, f"--out={out}"]))
     if seconds is not None:
