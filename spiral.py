@@ -119,7 +119,7 @@ def add_up(tensor):
 
 # ---- Policy: a causal language model. Both roles share it; only the prompt differs ----
 
-TINY = Path(__file__).resolve().parent / "experiments" / "tiny"
+TINY = Path(__file__).resolve().parent / "tiny"
 CHECKPOINTS = "step-" + "[0-9]" * 5  # a pattern of their names
 # Models whose attention is causal and nothing else. Another one: add its type here and to the tests
 PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
@@ -992,7 +992,7 @@ def report(policy, task, config, out, name):
 
 
 def parse_config(arguments=None):
-    """Config from options, and from files of them (@experiments/paper.args). Raises as Config."""
+    """Config from options, and from files of them (@presets/some.args). Raises as Config."""
     texts = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for option in fields(Config):
         option.metadata = {"help": texts[option.name]}

@@ -42,7 +42,7 @@ AGGREGATE = (
     "right, settle their disagreements, and if all are wrong try another way. Then end with the "
     "answer in the format asked for.\n"
 )
-FILE = (Path(__file__).parent / "experiments/spellings.txt").read_text("utf-8")
+FILE = (Path(__file__).parent / "math_task/spellings.txt").read_text("utf-8")
 *TABLES, UNITS = FILE.split("\n\n")
 EXPRESSION, LATEX, NUMERALS = [re.findall(r"(\S+?)=>(\S*)", table) for table in TABLES]
 SPLITS = ("test", "validation", *["train"] * 8)

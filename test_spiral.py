@@ -1491,7 +1491,7 @@ def test_pairs_of_every_kind(with_library, library, monkeypatch):
         monkeypatch.delenv("PYTHONPATH")
     library("raise ImportError")
     missed = []
-    for pair in rows(HERE / "experiments/verifier_pairs.jsonl"):
+    for pair in rows(HERE / "math_task/pairs.jsonl"):
         rewarded = is_right(pair["gold"], pair["answer"])
         assert pair["right"] or not rewarded, pair
         missed += [pair] * (pair["right"] and not rewarded)

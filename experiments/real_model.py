@@ -68,7 +68,9 @@ def learn(policy, task, config, budget):
 
 def run(name, seed, args):
     """Train and evaluate -> a row."""
-    config = spiral.parse_config([f"@{HERE / 'small_model.args'}", *args.options])
+    config = spiral.parse_config(
+        [f"@{HERE.parent / 'presets' / 'smollm2-135m-arithmetic-cpu.args'}", *args.options]
+    )
     config = replace(config, **RIVALS[name], seed=seed, model=str(args.out / "smollm2"))
     task, policy = Sums(operations=1, high=12), spiral.load_policy(config)
     steps = learn(policy, task, config, args.tokens if name != "base" else 0)

@@ -63,7 +63,7 @@ def test_bench(tmp_path):
     assert len(rows) == 4
 
 
-@pytest.mark.parametrize("path", [*HERE.glob("*.args")])
+@pytest.mark.parametrize("path", [*(HERE.parent / "presets").glob("*.args")])
 def test_presets(path):
     assert spiral.parse_config([f"@{path}"]).lora_rank
 

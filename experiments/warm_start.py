@@ -1,6 +1,6 @@
 """Make the tiny policy's warm start: imitate noisy, machine-written traces and aggregations.
 
-    python experiments/warm_start.py --out experiments/tiny
+    python experiments/warm_start.py --out tiny
 
 remakes the shipped weights in about an hour of one idle core. The demonstrations are skilful first,
 to teach arithmetic, search and audit; in the last quarter of the steps they are as clumsy as the
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
 
-TINY = Path(__file__).parent / "tiny"  # config.json describes the model: Qwen3, 1.0M parameters
+TINY = Path(__file__).resolve().parents[1] / "tiny"  # its config.json describes the model
 MIX = {"countdown:max_target=100": 75, "countdown:numbers=4,max_target=100": 10, "arithmetic": 15}
 SKILL, NOISE = (0.6, 0.3), (0.05, 0.15)  # before, at the end: of attempts, and of wrong verdicts
 
