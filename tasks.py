@@ -132,7 +132,7 @@ class Countdown(RandomTask):
         return {"numbers": numbers[:-1], "target": numbers[-1]}
 
     def key(self, problem):
-        return f"{sorted(problem['numbers'])} {problem['target']}"
+        return puzzle_key(problem["numbers"], problem["target"])
 
     def prompt(self, problem):
         numbers = " ".join(str(number) for number in problem["numbers"])
@@ -228,11 +228,8 @@ class Arithmetic(RandomTask):
 ANSWER = "Answer: "
 YES = ": yes\n"
 NO = ": no\n"
-PHRASES = (
-    *COUNTDOWN_PROMPT.split("{}"),
-    *ARITHMETIC_PROMPT.split("{}"),
-    *(ANSWER, YES, NO, ", ", "none"),
-)
+PHRASES_OF_PROMPTS = (*COUNTDOWN_PROMPT.split("{}"), *ARITHMETIC_PROMPT.split("{}"))
+PHRASES = (*PHRASES_OF_PROMPTS, ANSWER, YES, NO, ", ", "none")
 TASKS = {"countdown": Countdown, "arithmetic": Arithmetic}  # add yours; "math" is found as well
 
 
@@ -257,7 +254,7 @@ def make_task(name, data=""):
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in known or key == "data":
-            names = ", ".join(known).removesuffix(", data")
+            names = ", ".join(option for option in known if option != "data")
             raise ValueError(f"task {name}: no option {key!r}; there are: {names or 'none'}")
         arguments[key] = int(value) if value.isdecimal() else value
     try:
@@ -307,8 +304,12 @@ def join(left, operator, right, limit):
 # ---- Countdown puzzles from a file ----
 
 
+def puzzle_key(numbers, target):
+    return f"{sorted(numbers)} {target}"
+
+
 def puzzle_of_row(row):
-    """The puzzle of a row {"nums": [19, 36, 55, 7], "target": 65}, as TinyZero publishes them."""
+    """The puzzle of {"nums": [19, 36, 55, 7], "target": 65}, as TinyZero publishes them."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     numbers = row.get("nums")
@@ -318,7 +319,10 @@ def puzzle_of_row(row):
     for number in (*numbers, target):
         if type(number) is not int or not 1 <= number <= 9999:
             raise ValueError('"nums" and "target" must be integers from 1 to 9999')
-    return {"numbers": numbers, "target": target}
+    split = row.get("split", split_of(puzzle_key(numbers, target)))
+    if split not in SPLITS:
+        raise ValueError('"split" must be "train", "validation" or "test"')
+    return {"numbers": numbers, "target": target, "split": split}
 
 
 def read_puzzles(path):
@@ -328,16 +332,11 @@ def read_puzzles(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            puzzle = puzzle_of_row(row)
-            key = f"{sorted(puzzle['numbers'])} {puzzle['target']}"
-            puzzle["split"] = row.get("split", split_of(key))
-            if puzzle["split"] not in SPLITS:
-                raise ValueError('"split" must be "train", "validation" or "test"')
+            puzzle = puzzle_of_row(json.loads(line))
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)  # of json, without its own line number
             raise ValueError(f"{path} line {line_number}: {reason}") from None
-        puzzles.setdefault(key, puzzle)
+        puzzles.setdefault(puzzle_key(puzzle["numbers"], puzzle["target"]), puzzle)
     return list(puzzles.values())
 
 
@@ -346,9 +345,10 @@ def read_puzzles(path):
 MARKUP = r"(?:[\s$*`}]|\\[(\[])*"  # between a mark and the answer, line breaks included
 ANSWER_MARK = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：]" + MARKUP)
 WEAKER_MARK = re.compile(
-    r"(?im)(?:<answer>"  # <answer>3*7+5</answer>
-    r"|^[ #*_]{0,8}(?:the |my )?(?:final )?answer[ *_\r]{0,4}$"  # a heading, then the answer
-    r"|\banswer[*_ ]{0,4}(?:=|\b(?:is|equals)\b))" + MARKUP  # The answer is 3*7+5.
+    r"(?im)(?:[<[](?:final[_ ])?answer[]>]"  # <answer>3*7+5</answer>
+    r"|^[ #*_]{0,8}(?:the |my )?(?:final )?answer[ *_\r]{0,4}(?:$|(?=[0-9([{$\\`]))"  # a heading
+    r"|\banswer(?: (?:to|for) [^.=\n]{0,40}?)?[*_ ]{0,4}"  # The answer is 3*7+5.
+    r"(?:=|[-=]>|→|(?<=[\s*_])[-–]\s|\b(?:is|equals|(?:would|should|must) be)\b))" + MARKUP
 )
 BOX_MARK = re.compile(r"\\(?:boxed|fbox)\b")
 ALL_MARKS = (ANSWER_MARK, WEAKER_MARK, BOX_MARK)
@@ -369,9 +369,9 @@ def extract_answer(text, marks=(ANSWER_MARK, WEAKER_MARK)):
         places = list(mark.finditer(text))
         if places:
             line = text[places[-1].end() :].partition("\n")[0]
-            line = re.split("(?i)</answer", line)[0]
+            line = re.split(r"(?i)[<[]/(?:final[_ ])?answer", line)[0]
             if mark is WEAKER_MARK:
-                line = re.split(r"\.\s", line)[0]  # The answer is 26. I hope that this helps
+                line = re.split(r"\.\s+[A-Z]", line)[0]  # The answer is 26. I hope that this helps
             return line[:MAX_ANSWER].rstrip(" \t\r.$*`") or None
     return None
 
@@ -530,7 +530,7 @@ CHARACTERS = str.maketrans(
     | dict.fromkeys(map(ord, "−–—‒‐‑"), "-")
     | dict.fromkeys(map(ord, "×·⋅∙∗•✕✖"), "*")
     | dict.fromkeys(map(ord, "÷⁄∕"), "/")
-    | dict.fromkeys(map(ord, "→⇒⟹➔➜≡"), "=")
+    | dict.fromkeys(map(ord, "→⇒⟹⟶➔➜➡≡"), "=")
     | dict.fromkeys(map(ord, "$`_&\"'“”„‘’«»✓✔✅☑\ufe0f\u200b"), " ")
 )
 BRACKETS = str.maketrans("[{<]}>", "((()))")
@@ -538,19 +538,21 @@ LATEX = {  # what it means, and how it is written behind a backslash
     "*": "times|cdot|ast",
     "/": "div",
     "=": "to|implies|equiv|[rR]ightarrow|[lL]ongrightarrow",
-    r"\\frac": "[dtc]frac",
-    " ": "left|right|[bB]igg?[lr]?|boxed|fbox|text[a-z]*|math[a-z]*|displaystyle|q?quad",
+    r" \\frac ": "[dtc]?frac",
+    " ": "left|right|[bB]igg?[lr]?|boxed|fbox|text[a-z]*|math[a-z]*|[a-z]*style|underline|q?quad"
+    "|checkmark",
 }
 TOKEN = r"[0-9]+(?:[,\s][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\\?[A-Za-z]+|\S"  # 1,021 is one
 SEPARATORS = "=,;:.!#"
-HARMLESS = set(  # words that change no answer. A text with any other isn't read
-    """a achieved all an and ans answer as check checks computes correct correctly desired each
-    equal equaling equals equation evaluates exact exactly expr expression final finally for formula
-    found gave get gets give gives giving goal got have hence here hits i indeed integer is it its
-    made make makes making match matches matching my n needed now number numbers obtain obtained of
-    once our output produces reach reached reaches reaching required result resulting results right
-    s simplifies so solution solved sum target that the therefore this thus to total unit units used
-    uses valid value verified we which will works x y yes yield yielding yields z""".split()
+EXPLANATION = r"(?i)([0-9)].*?)[(\s]*\b(?:because|since|using|where)\b.*"  # behind the answer
+DOUBTFUL = set(  # words that put an answer in doubt ("t" ends isn't) or make another number of it
+    """about above actually almost approximately around attempt base below between billion but
+    candidate cannot close cubed divided double dozen either except factorial fails false fifth
+    fifths guess half halves hundred hundreds hundredths if impossible incorrect instead invalid
+    less maybe million millions minus mod modulo more multiplied nearly negative never no none nor
+    not option or over percent perhaps plus point possibly power probably quarter quarters
+    remainder root roughly squared step t tenths than third thirds thousand thousands thousandths
+    times triple twice under unless versus wait without wrong""".split()
 )
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
 fifteen sixteen seventeen eighteen nineteen""".split()
@@ -560,16 +562,16 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 def normalise(text):
     """The text with + - * / ( ) = for all their spellings, and without decoration."""
     text = text.translate(CHARACTERS)
-    text = text.replace("{,}", ",").replace(r"\!", "")  # 1{,}021
     for meaning, commands in LATEX.items():
         text = re.sub(rf"\\(?:{commands})(?![A-Za-z])", meaning, text)
     text = re.sub(r"\\[](),;:\\ []|\\(?=[{}])", " ", text)  # LaTeX spaces and delimiters
+    text = re.sub(r"\{([-+*/=,])\}", r"\1", text)  # 1{,}021
     text = re.sub(r"</?[A-Za-z]+>", " ", text)  # <expression>
-    text = re.sub(r"[-=]+>", "=", text)  # an arrow
+    text = re.sub(r"[-=~]+>|<-+", "=", text)  # an arrow
     text = text.translate(BRACKETS)
-    text = re.sub(r"(?i)[(\s]*\b(?:because|since|using|where)\b.*", "", text)  # an explanation
+    text = re.sub(EXPLANATION, r"\1", text)
     text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", "*", text)  # 4 x 6
-    text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text)  # twenty-six
+    text = re.sub(r"(?<=[A-Za-z0-9)])\s*-\s*(?=[A-Za-z])", " ", text)  # twenty-six; 26 - target
     text = re.sub(r"(^|=)\s*\+", r"\1", text)  # +26
 
     # Two stars are bold type. Only between operands they are a power, which nothing here reads.
@@ -609,20 +611,22 @@ def open_remarks(tokens):
 
 
 def number_in_words(words):
-    """The Expression of ["one", "hundred", "twenty", "six"]; of any other word ValueError."""
-    value = 0
+    """The number that words end with, 26 for ["equals", "twenty", "six"]; None: with no number."""
+    value = None
     for word in words:
         if word in ONES:
-            value += ONES.index(word)
+            value = (value or 0) + ONES.index(word)
         elif word in TENS:
-            value += 20 + 10 * TENS.index(word)
-        elif word == "hundred":
+            value = (value or 0) + 20 + 10 * TENS.index(word)
+        elif word == "hundred" and value:
             value *= 100
-        elif word == "thousand":
+        elif word == "thousand" and value:
             value *= 1000
-        else:
+        elif word in DOUBTFUL:
             raise ValueError(f"{word!r} may change the answer")
-    return number_expression(str(value))
+        elif word != "and":
+            value = None
+    return value
 
 
 def read_tokens(tokens):
@@ -635,10 +639,9 @@ def read_tokens(tokens):
                 formula[0] = re.sub(r"\.0+$", "", formula[0])  # the result 26.0, but no 4.0*7
             expressions.append(Parser(formula).parse())
         elif kind == "word":
-            words = [word.lower() for word in run]
-            numerals = [word for word in words if word not in HARMLESS]
-            if numerals:
-                expressions.append(number_in_words(numerals))
+            value = number_in_words([word.lower() for word in run])
+            if value is not None:
+                expressions.append(number_expression(str(value)))
     return expressions
 
 
@@ -650,8 +653,8 @@ def read_answer(line):
     if line is None or len(line) > MAX_ANSWER:
         return []
     plain = normalise(line)
-    if re.search("[0-9)][A-Za-z]|[A-Za-z][0-9]", plain):
-        return []  # 16x isn't 16
+    if re.search("[0-9)][A-Za-z]|[A-Za-z][0-9(]", plain):
+        return []  # 16x isn't 16, and sqrt(16) isn't either
 
     # In "16 (7+9)" the bracket repeats the value, in "4 (7+9)" it is a factor: try both readings.
     repeated = re.sub(r"(?<=[0-9)])\s+\(([^()]*)\)[\s.,!]*$", r" = \1", plain)

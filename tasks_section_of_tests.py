@@ -286,6 +286,9 @@ RIGHT_63 = {
 11*4+19 [63]
 (11*4+19 = 63)
 11*4+19 (correct)
+11*4+19 (i.e. 63)
+11*4+19 = 63 (matches the target)
+11*4+19 (uses all three numbers)
 """,
     "a remark": """
 11*4+19, which is 63
@@ -299,6 +302,10 @@ RIGHT_63 = {
 11*4+19 since 11*4=44 and 44+19=63
 11*4+19 is the expression
 11*4+19  # = 63
+11*4+19 hits the target, as required
+11*4+19 adds up to 63
+11*4+19 = 63 - target
+11*4+19 = 63, so the answer is 11*4+19
 """,
     "arrows and equality signs": """
 11*4+19 -> 63
@@ -306,6 +313,8 @@ RIGHT_63 = {
 11*4+19 → 63
 11*4+19 => 63
 11*4+19 ⇒ 63
+11*4+19 ➡️ 63
+11*4+19 = 63 <- target
 11*4+19 == 63
 11*4+19 = 63 = target
 11*4+19 = target
@@ -323,6 +332,9 @@ x = 11*4+19
 ans = 11*4+19
 target = 11*4+19
 We get 11*4+19
+You can use 11*4+19
+Using all numbers, 11*4+19 = 63
+One possible expression is 11*4+19
 """,
     "products without a sign": """
 4(11)+19
@@ -358,6 +370,7 @@ $\left(11 \times 4\right) + 19$
 \text{Expression: } 11 \times 4 + 19
 $11\,\times\,4 + 19 \rightarrow 63$
 \mathbf{11 \times 4} + 19
+\displaystyle 11{\times}4 + 19
 """,
     "bold and italic type": """
 **11*4+19** = 63
@@ -432,6 +445,7 @@ none
 4(7-1)(1)
 4*(7-1)x
 \sqrt4*(7-1)
+sqrt(4)*(7-1)
 4*(7-1)/(1-1)
 24/4(7-1)
 """,
@@ -478,6 +492,14 @@ The answer is 3*7+5. I hope that this helps!
 So the **answer** is: **3*7+5**
 The final answer is\n\n$$\boxed{3*7+5}$$
 answer = 3*7+5
+Answer - 3*7+5
+Answer -> 3*7+5
+Answer 3*7+5
+### Answer 3*7+5
+The answer to this problem is 3*7+5
+The answer should be 3*7+5
+<final_answer>3*7+5</final_answer>
+[ANSWER] 3*7+5 [/ANSWER]
 We get \boxed{3*7+5}.
 We get $\boxed{3 \times 7 + 5 = 26}$ as desired
 The answer is 1\nAnswer: 3*7+5
@@ -605,6 +627,10 @@ Answer: x = +16
 Answer: 16 (sixteen)
 Answer: sixteen (16)
 Answer: **16** units
+Answer: **16** apples
+Answer: f = 16
+Answer: 16 in total
+Answer: $\underline{16}$
 Answer: 16 units
 Answer: **16** (sixteen)
 Answer: \boxed{16}
@@ -647,12 +673,22 @@ Answer: 16 or 17
 Answer: 16 or 16
 Answer: 16 (seventeen)
 Answer: 16 thousand
+Answer: 16 hundred units
+Answer: sixteen thousand (16)
+Answer: step 16
+Answer: f(16)
+Answer: sqrt(16)
+Answer: 16, wait, no
+Answer: none of the 16
 Answer: 16 dozen
 Answer: 16 hundredths
 Answer: 16 squared
 Answer: 16 percent
 Answer: 16%
 Answer: negative 16
+Answer: -sixteen
+Answer = -16
+Answer -16
 Answer: not 16
 Answer: about 16
 Answer: between 16 and 17
