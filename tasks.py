@@ -546,13 +546,14 @@ TOKEN = r"[0-9]+(?:[,\s][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\\?[A-Za-z]+|\S"  # 1,0
 SEPARATORS = "=,;:.!#"
 EXPLANATION = r"(?i)([0-9)].*?)[(\s]*\b(?:because|since|using|where)\b.*"  # behind the answer
 DOUBTFUL = set(  # words that put an answer in doubt ("t" ends isn't) or make another number of it
-    """about above actually almost approximately around attempt base below between billion but
-    candidate cannot close cubed divided double dozen either except factorial fails false fifth
-    fifths guess half halves hundred hundreds hundredths if impossible incorrect instead invalid
-    less maybe million millions minus mod modulo more multiplied nearly negative never no none nor
-    not option or over percent perhaps plus point possibly power probably quarter quarters
-    remainder root roughly squared step t tenths than third thirds thousand thousands thousandths
-    times triple twice under unless versus wait without wrong""".split()
+    """about above actually after almost approximately around attempt base before below between
+    billion but candidate cannot close cube cubed divided double dozen either except factorial fails
+    false fewer fifth fifths greater guess half halves hundred hundreds hundredths if impossible
+    incorrect instead invalid inverse larger least less ln log maybe million millions minus mod
+    modulo more most multiplied nearly negative never no none nor not opposite option or over
+    percent perhaps plus point possibly power probably quarter quarters reciprocal remainder root
+    roughly smaller sqrt square squared step t tenths than third thirds thousand thousands
+    thousandths times triple twice under unknown unless unsure versus wait without wrong""".split()
 )
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
 fifteen sixteen seventeen eighteen nineteen""".split()

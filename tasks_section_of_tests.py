@@ -691,6 +691,12 @@ Answer = -16
 Answer -16
 Answer: not 16
 Answer: about 16
+Answer: at least 16
+Answer: log 16
+Answer: the square of 16
+Answer: two times 16
+Answer: 16 and a half
+Answer: 16 point five
 Answer: between 16 and 17
 Answer: 1/16
 Answer: 32/2
