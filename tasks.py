@@ -1,500 +1,669 @@
-"""The reasoning environments, and tokenizers. A task has these methods:
+"""The reasoning tasks: what to ask, and how to tell whether the answer is right.
+
+A task is any object with these methods:
 
     problems(split, count, seed) -> list    up to `count` distinct ones; the splits never share one
     prompt(problem) -> str                  the question, and the format of the answer
-    answer(text) -> str or None             what a completion answers; votes count these spellings
+    answer(text) -> str or None             what a completion answers; a vote counts these
     reward(problem, text) -> 0.0 or 1.0     the verifier; `text` is any string at all
     question(text) -> problem               what a person asks with --ask, or ValueError
 
-Completions are hostile: they are parsed, with bounds on length, depth and the size of integers, and
-never evaluated. Run as a program, this file is the worker in which Math asks math-verify.
+Countdown and Arithmetic come first, then what they are made of: random problems, rows of a file,
+and the reading of answers. Competition mathematics is in the folder math_task/.
+
+The texts that a verifier reads come from a model that is paid for what the verifier believes. They
+are parsed, within bounds, and never evaluated.
 """
 
-import ast
+import inspect
 import json
 import re
-import sys
-import threading
 import zlib
-from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
-from operator import add, eq, mul, sub
+from itertools import groupby
 from pathlib import Path
 from random import Random
-from subprocess import DEVNULL, PIPE, Popen
+from typing import NamedTuple
 
-from tiktoken import Encoding
-
-ANSWER, YES, NO = "Answer: ", ": yes\n", ": no\n"
-COUNTDOWN = (
-    "Use all the numbers, each exactly once, with + - * / and parentheses to reach the target.\n"
-    "Numbers: ",
-    "\nTarget: ",
-    '\nThink step by step, then end with one line "Answer: <expression>".\n',
-)
-ARITHMETIC = ("Compute ", '\nThink step by step, then end with one line "Answer: <integer>".\n')
-WORDS = (*COUNTDOWN, *ARITHMETIC, ANSWER, YES, NO, ", ", "none")  # each is one token
-MATH = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
-CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
-AGGREGATE = (
-    "Each candidate above may be wrong. Audit them one by one (number, verdict), keep what is "
-    "right, settle their disagreements, and if all are wrong try another way. Then end with the "
-    "answer in the format asked for.\n"
-)
-FILE = (Path(__file__).parent / "math_task/spellings.txt").read_text("utf-8")
-*TABLES, UNITS = FILE.split("\n\n")
-EXPRESSION, LATEX, NUMERALS = [re.findall(r"(\S+?)=>(\S*)", table) for table in TABLES]
 SPLITS = ("test", "validation", *["train"] * 8)
-MAX_ANSWER, MAX_TEXT = 200, 20_000
+MAX_TEXT = 20_000  # characters of a completion that are read: the last ones
+MAX_ANSWER = 200  # characters of an answer
+MAX_DIGITS = 9  # of a number in an answer
+MAX_DEPTH = 20  # of brackets in brackets in an answer
 
 
-class TinyTokenizer:  # integers below 1000, WORDS and role markers are single tokens
-    def __init__(self):
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        for word in [*WORDS, *map(str, range(10, 1000))]:
-            ranks[word.encode()] = len(ranks)
-        self.markers = [*map(CANDIDATE.format, range(1, 17)), CANDIDATE_END, AGGREGATE]
-        special = {marker: len(ranks) + i for i, marker in enumerate(self.markers)}
-        pattern = "|".join(map(re.escape, WORDS)) + r"|[0-9]{1,3}|[\s\S]"
-        self.encoding = Encoding(
-            "tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
-        self.eos_ids = [self.encoding.n_vocab]  # no text is encoded as this one
-
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, tokens):
-        return self.encoding.decode([t for t in tokens if t not in self.eos_ids], errors="replace")
-
-    def chat(self, text):  # markers in `text` become role markers
-        return self.encoding.encode(text, allowed_special="all")
-
-
-class HubTokenizer:  # of Hugging Face: its chat template. Every special token ends a completion
-    def __init__(self, path, settings):
-        from transformers import AutoTokenizer, GenerationConfig  # the worker has no use for them
-
-        with suppress(OSError):  # no generation_config.json
-            settings = GenerationConfig.from_pretrained(path)
-        ends = settings.eos_token_id
-        try:
-            self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self.eos_ids = {*self.hf.all_special_ids, *(ends if isinstance(ends, list) else [ends])}
-            assert self.chat("one") != self.chat("two"), "it leaves out the message"
-        except Exception as error:  # a template is somebody else's program
-            raise ValueError(f"{path}: tokenizer or chat template fails: {error}") from None
-        self.encode = partial(self.hf.encode, add_special_tokens=False)
-        self.decode = partial(self.hf.decode, skip_special_tokens=True)
-        added = self.hf.added_tokens_decoder.values()
-        self.markers = [x.content for x in added if re.search(r"[<[|].*[]>|]", x.content)]
-
-    def chat(self, text):
-        if self.hf.chat_template:
-            return self.hf.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                return_dict=False,
-                date_string="26 Jul 2024",  # else some prompts change overnight
-            )
-        return [t for t in self.hf.encode(text) if t != self.hf.eos_token_id]  # some end every text
-
-
-def rewrite(text, table):
-    for pattern, replacement in table:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-def balanced(opening, closing):
-    """A pattern of text in which these brackets match, up to 20 deep."""
-    pattern = other = f"[^{opening}{closing}]"
-    for _ in range(20):
-        pattern = f"(?:{other}|[{opening}]{pattern}*[{closing}])"
-    return pattern + "*"
-
-
-ANSWER_LINE = r"(?i)answer(?: is)?[*_ ]{0,4}[:：](?:[\s$*`}]|\\[(\[])*(?=(.*))"
-INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
-BOX = rf"\\(?:boxed|fbox)\s*(?:\{{({balanced('{', '}')})\}}"
-BOX += r"|([-−]?[0-9][^\s$}]*|[A-Za-z](?![A-Za-z])))"  # without braces
-
-
-def after_thought(text):
-    return text.rpartition("</think>")[2].partition("<think>")[0][-MAX_TEXT:]
-
-
-def extract_answer(text):
-    """What follows the last "Answer:", blank lines skipped, undecorated; None: nothing."""
-    *_, line = "", *re.findall(ANSWER_LINE, after_thought(text))
-    return line[:MAX_ANSWER].rstrip(" \t\r.$*`") or None
-
-
-def final_answer(text):
-    r"""The last \boxed{...} of 1 to 200 characters, else the last "Answer:" line, else ""."""
-    boxes = map("".join, re.findall(BOX, after_thought(text)))
-    *_, box = "", *[box for box in boxes if 0 < len(box) <= MAX_ANSWER]
-    return box or extract_answer(text) or ""
-
-
-NODES = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
-SHORT = r"(?!.*[0-9]{10})(?!(?:[^(]*\(){21})[-+*/() 0-9]{1,200}"
-
-
-def calculate(tree):
-    if isinstance(tree, ast.Constant):
-        return Fraction(tree.value)
-    return NODES[type(tree.op)](calculate(tree.left), calculate(tree.right))
-
-
-def evaluate(text):
-    """(value, integers, spelling) of an expression with + - * / and parentheses; ValueError for
-    anything else: over 200 characters, 9 digits or 20 parentheses, `**`, signs, division by 0."""
-    try:
-        tree = ast.parse(re.fullmatch(SHORT, text.strip())[0], mode="eval").body
-        integers = [*map(int, re.findall("[0-9]+", text))]
-        return calculate(tree), integers, ast.unparse(tree).replace(" ", "")
-    except Exception:  # hostile text fails in any way
-        raise ValueError(f"{text[:MAX_ANSWER]!r} is no short expression with + - * /") from None
-
-
-def equation(text):
-    """What `evaluate` says of each side of an equation; [] unless all have one value."""
-    with suppress(ValueError):
-        sides = [evaluate(side) for side in rewrite(text, EXPRESSION).split("=")]
-        if len({side[0] for side in sides}) == 1:
-            return sides
-    return []
-
-
-def apply(a, operator, b, limit):
-    """a operator b as a non-negative integer (+ - *: up to `limit`), or None."""
-    if operator == "/":
-        return a // b if b and a % b == 0 else None
-    value = {"+": a + b, "-": a - b, "*": a * b}[operator]
-    return value if 0 <= value <= limit else None
-
-
-def join(left, operator, right, limit):
-    """(text, value, precedence) of two such, with the parentheses that are needed, or None."""
-    (first, a, one), (second, b, other) = left, right
-    mine = 1 + (operator in "*/")
-    first = f"({first})" if one < mine else first
-    second = f"({second})" if other < mine + (operator in "-/") else second
-    value = apply(a, operator, b, limit)
-    return None if value is None else (first + operator + second, value, mine)
-
-
-def split_of(text):  # by a checksum, for ever
+def split_of(text):
+    """The split of a problem: a checksum of its text decides, on every machine and for ever."""
     return SPLITS[zlib.crc32(text.encode()) % 10]
 
 
-class Task:
+def check_option(name, value, smallest, largest):
+    if not isinstance(value, int) or not smallest <= value <= largest:
+        raise ValueError(f"{name}={value}: needs an integer from {smallest} to {largest}")
+
+
+class RandomTask:
+    """Problems made of random numbers up to `high`; `sizes` says how many numbers there may be."""
+
     def problems(self, split, count, seed):
         """Up to `count` distinct problems: fewer when 10,000 draws in a row bring no new one."""
-        rng, found, misses = Random(f"{split} {seed}"), {}, 0
-        while len(found) < count and misses < 10_000:
-            misses += 1
-            problem = self.combine([rng.randint(1, self.high) for _ in range(self.size)], rng)
-            if not problem:
+        rng = Random(f"{split} {seed}")
+        problems = {}
+        draws_in_vain = 0
+        while len(problems) < count and draws_in_vain < 10_000:
+            draws_in_vain += 1
+            size = self.sizes[0]
+            if len(self.sizes) > 1:
+                size = rng.choice(self.sizes)
+            numbers = [rng.randint(1, self.high) for _ in range(size)]
+            problem = self.make_problem(numbers, rng)
+            if problem is None:
                 continue
             key = self.key(problem)
-            if split == split_of(key) and key not in found:
-                found[key] = problem
-                misses = 0
-        if not found:
+            if split_of(key) == split and key not in problems:
+                problems[key] = problem
+                draws_in_vain = 0
+        if not problems:
             raise ValueError(f"{type(self).__name__} has no problem in the split {split!r}")
-        return list(found.values())
+        return list(problems.values())
 
 
-class Countdown(Task):  # reach a target with each given number used exactly once
-    def __init__(self, numbers=3, high=30, max_target=120):
-        if not 2 <= numbers <= 6 or not 2 <= high <= 100 or not high <= max_target <= 999:
-            raise ValueError("needs 2 to 6 numbers, high in 2..100 and max_target in high..999")
-        self.size, self.high, self.max_target = numbers, high, max_target
+# ---- Countdown: reach a target with each of the given numbers used exactly once ----
+
+COUNTDOWN_PROMPT = (
+    "Use all the numbers, each exactly once, with + - * / and parentheses to reach the target.\n"
+    "Numbers: {}\nTarget: {}\n"
+    'Think step by step, then end with one line "Answer: <expression>".\n'
+)
+
+
+class Countdown(RandomTask):
+    """`numbers` says how many there are: 3, or "3-4" for both. `data` is a file of puzzles."""
+
+    def __init__(self, numbers=3, high=30, max_target=120, data=""):
+        if not re.fullmatch("[2-6](-[2-6])?", str(numbers)):
+            raise ValueError(f"numbers={numbers}: needs 2 to 6, or a range such as 3-4")
+        smallest, _, largest = str(numbers).partition("-")
+        check_option("high", high, 2, 100)
+        check_option("max_target", max_target, high, 999)
+        self.sizes = range(int(smallest), int(largest or smallest) + 1)
+        if not self.sizes:
+            raise ValueError(f"numbers={numbers}: the range is empty")
+        self.high = high
+        self.max_target = max_target
+        self.puzzles = read_puzzles(data) if data else None
+
+    def problems(self, split, count, seed):
+        if self.puzzles is None:
+            return super().problems(split, count, seed)
+        chosen = [puzzle for puzzle in self.puzzles if puzzle["split"] == split]
+        if not chosen:
+            raise ValueError(f"countdown: no row of --data is in the split {split!r}")
+        Random(f"{split} {seed}").shuffle(chosen)
+        return chosen[:count]
 
     def attempt(self, numbers, rng):
         """A random way to combine all the numbers: (steps like "3*7=21", expression, value)."""
-        items, steps = [(str(number), number, 3) for number in numbers], []
-        while len(items) > 1:
-            left, right = rng.sample(items, 2)
+        parts = [Part(str(number), number, rank=3) for number in numbers]
+        steps = []
+        while len(parts) > 1:
+            left, right = rng.sample(parts, 2)
             operator = rng.choice("++--**/")
-            if joined := join(left, operator, right, 2 * self.max_target):
-                steps.append(f"{left[1]}{operator}{right[1]}={joined[1]}")
-                items = [item for item in items if item is not left and item is not right]
-                items.append(joined)
-        return steps, *items[0][:2]
+            joined = join(left, operator, right, limit=2 * self.max_target)
+            if joined is None:
+                continue
+            steps.append(f"{left.value}{operator}{right.value}={joined.value}")
+            parts = [part for part in parts if part is not left and part is not right]
+            parts.append(joined)
+        return steps, parts[0].text, parts[0].value
 
-    def combine(self, numbers, rng):
+    def make_problem(self, numbers, rng):
         steps, solution, target = self.attempt(numbers, rng)
-        if 1 <= target <= self.max_target and target not in numbers:
-            return {"numbers": numbers, "target": target, "steps": steps, "solution": solution}
+        if target in numbers or not 1 <= target <= self.max_target:
+            return None
+        return {"numbers": numbers, "target": target, "steps": steps, "solution": solution}
 
     def question(self, text):
-        numbers = [*map(int, re.findall("[0-9]{1,9}", text))]
+        """The problem of "4 9 13 61": the last number is the target."""
+        numbers = [int(digits) for digits in re.findall("[0-9]{1,9}", text)]
         if not 3 <= len(numbers) <= 7:
             raise ValueError(f"{text!r}: give 2 to 6 numbers, and then the target")
         return {"numbers": numbers[:-1], "target": numbers[-1]}
 
     def key(self, problem):
-        return f"{sorted(problem['numbers'])} {problem['target']}"
+        return puzzle_key(problem["numbers"], problem["target"])
 
     def prompt(self, problem):
-        numbers, target, end = COUNTDOWN
-        return f"{numbers}{' '.join(map(str, problem['numbers']))}{target}{problem['target']}{end}"
+        numbers = " ".join(str(number) for number in problem["numbers"])
+        return COUNTDOWN_PROMPT.format(numbers, problem["target"])
+
+    def solution(self, text):
+        """The Expression of the answer: of "3*7+5 = 21+5 = 26" the side with the most numbers."""
+        sides = read_answer(extract_answer(text, ALL_MARKS))
+        return max(sides, key=lambda side: len(side.numbers), default=None)
 
     def answer(self, text):
-        """Of `3*7+5 = 21+5 = 26` the side with the most numbers, 3*7+5."""
-        sides = equation(extract_answer(text) or final_answer(text))
-        return max(sides, key=lambda side: len(side[1]), default=[None] * 3)[2]
+        """The solution in one spelling for all orders and brackets: a vote counts solutions.
+
+        13*4+9, 9+13*4, 4*13+9 and (9+(4*13)) all are 13*4+9.
+        """
+        solution = self.solution(text)
+        if solution is None:
+            return None
+        return solution.spelling
 
     def reward(self, problem, text):
-        value, integers, _ = evaluate(self.answer(text) or "0")  # a number alone solves nothing
-        answered = {"numbers": integers, "target": value}
-        return float(self.key(answered) == self.key(problem))
+        solution = self.solution(text)
+        if solution is None:
+            return 0.0
+        uses_each_number_once = sorted(solution.numbers) == sorted(problem["numbers"])
+        return float(uses_each_number_once and solution.value == problem["target"])
 
 
-class Arithmetic(Task):  # compute an expression of several operations
+# ---- Arithmetic: compute an expression of several operations ----
+
+ARITHMETIC_PROMPT = 'Compute {}\nThink step by step, then end with one line "Answer: <integer>".\n'
+
+
+class Arithmetic(RandomTask):
+    """`operations` of + - * on numbers up to `high`; no result on the way exceeds `max_value`."""
+
     def __init__(self, operations=3, high=20, max_value=400):
-        if not 1 <= operations <= 8 or not 2 <= high <= 100 or not 10 <= max_value <= 999:
-            raise ValueError("needs 1 to 8 operations, high in 2..100 and max_value in 10..999")
-        self.size, self.high, self.max_value = operations + 1, high, max_value
+        check_option("operations", operations, 1, 8)
+        check_option("high", high, 2, 100)
+        check_option("max_value", max_value, 10, 999)
+        self.sizes = [operations + 1]
+        self.high = high
+        self.max_value = max_value
 
-    def combine(self, numbers, rng):
-        items, steps = [(str(number), number, 3) for number in numbers], []
-        while len(items) > 1:
-            i, operator = rng.randrange(len(items) - 1), rng.choice("+-*")
-            left, right = items[i : i + 2]
-            joined = join(left, operator, right, self.max_value)
-            if not joined:
-                return
-            steps.append([left[1], operator, right[1]])
-            items[i : i + 2] = [joined]
-        expression, value, _ = items[0]
-        return {"expression": expression, "value": value, "steps": steps}
+    def make_problem(self, numbers, rng):
+        parts = [Part(str(number), number, rank=3) for number in numbers]
+        steps = []
+        while len(parts) > 1:
+            i = rng.randrange(len(parts) - 1)
+            operator = rng.choice("+-*")
+            left, right = parts[i : i + 2]
+            joined = join(left, operator, right, limit=self.max_value)
+            if joined is None:
+                return None
+            steps.append([left.value, operator, right.value])
+            parts[i : i + 2] = [joined]
+        return {"expression": parts[0].text, "value": parts[0].value, "steps": steps}
 
     def question(self, text):
-        return {"expression": text.replace(" ", ""), "value": int(evaluate(text)[0])}
+        """The problem of "3 * (4+5)"."""
+        sides = read_answer(text)
+        if len(sides) != 1 or re.search("[^-+*/() 0-9]", text):
+            raise ValueError(f"{text[:MAX_ANSWER]!r} is no expression with + - * /")
+        value = sides[0].value
+        if value < 0 or value.denominator != 1:
+            raise ValueError(f"{text!r} is {value}: ask for an integer of 0 or more")
+        return {"expression": text.replace(" ", ""), "value": int(value)}
 
     def key(self, problem):
         return problem["expression"]
 
     def prompt(self, problem):
-        return f"{ARITHMETIC[0]}{problem['expression']}{ARITHMETIC[1]}"
+        return ARITHMETIC_PROMPT.format(problem["expression"])
 
     def answer(self, text):
-        """The integer on the answer line; without such a line the last one of the text."""
-        text = after_thought(text)
-        integers = [] if re.search(ANSWER_LINE, text) else re.findall(INTEGER, text)
-        sides = equation(extract_answer(text) or "".join(integers[-1:]))
-        return next((side[2] for side in sides if side[2].isdigit()), None)
+        """The integer that the answer states, in digits."""
+        line = extract_answer(text, ALL_MARKS)
+        if line is None and not ANSWER_MARK.search(after_thought(text)):
+            line = last_result(text)
+        for side in read_answer(line):
+            if side.kind == "number":
+                return side.spelling
+        return None
 
     def reward(self, problem, text):
         return float(self.answer(text) == str(problem["value"]))
 
 
-DECIMAL = r"(?=\.?[0-9])[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,2}|\\overline\{[0-9]+\})?"
-NUMBER = rf"[+-]?(?:(?:[0-9]+~)?[0-9]+/0*[1-9][0-9]*|{DECIMAL})"
-# A plural s is understood. A single letter may be a variable, unless it is text
-UNIT = "|".join(UNITS.split())
-UNIT = rf'(.*?[^"])~*(?:"|(?<![A-Za-z\\])(?=[A-Za-z]{{2}}))({UNIT})(?:e?s)?\.?"?((?:\^[23])?)\.?"?'
-TEXT = r'"|:|(?<![A-Za-z\\{])[A-Za-z]{3}|^[A-Za-z~,]+$|^[0-9A-F]+_'
-worker, lock = None, threading.Lock()  # the process that asks math-verify; False: it doesn't start
-INSIDE = balanced(r"(\[{", r")\]}")
-GROUP = rf"\\?([(\[{{])({INSIDE}?)\\?([)\]}}])"
-NAME = r'(?:\\(?!frac|sqrt|not|ne|le|ge)[a-z]+(?![a-z])|["A-Za-z~])+(?:_\w|_\{\w+\})?'
-NAME = rf"({NAME}(?:\([^()=]*\))?|\([A-Za-z,]+\))(?:=|\\in(?![a-z]))(?:[^=]*=)*(.+)"
+# ---- All tasks by name ----
 
-
-def number(text):
-    """A number in lowest terms; "" for anything else."""
-    plain = rewrite(text, NUMERALS)
-    if not re.fullmatch(NUMBER, plain):
-        return ""
-    digits, _, period = plain.strip("+-}").partition(r"\overline{")
-    value = sum(map(Fraction, digits.split("~")))
-    if period:
-        value += Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(digits.partition(".")[2])
-    return str(-value if plain[0] == "-" else value)
-
-
-def parse(text, table=LATEX):
-    """[name, value, unit] with a number, text behind a quotation mark, or LaTeX as value. Of a list
-    [name, nodes, brackets]: {} of a set, and of a bare list of anything but words."""
-    text = rewrite(text, table)
-    found = re.fullmatch(GROUP, text)
-    brackets = found[1] + found[3] if found else "()" if re.search(TEXT, text) else "{}"
-    parts = re.split(rf",(?!{INSIDE}[)\]}}])", found[2] if found else text)
-    if len(parts) > 1:
-        nodes = [parse(part, ()) for part in parts]
-        if brackets == "{}":  # in one order
-            nodes.sort(key=str)
-        return ["", nodes, brackets]
-    if found:
-        return parse(found[2], ())
-    if found := re.fullmatch(NAME, text):
-        return [found[1].casefold(), *parse(found[2], ())[1:]]
-    unit = ""
-    if found := re.fullmatch(UNIT, text):
-        text, unit = found[1], found[2] + found[3]
-    value = number(text)
-    if not value and re.search(TEXT, text):
-        value = '"' + re.sub(r'["{}~]', "", text).casefold()
-    return ["", value or text, unit]
-
-
-def spell(node):
-    """One spelling for all answers with the value of the node."""
-    _, value, brackets = node
-    if isinstance(value, list):
-        return ", ".join(map(spell, value)).join(brackets)  # which go around it
-    return value.lstrip('"')
-
-
-def agree(right, answer, same):
-    """Whether nodes are equal, by same(a, b) of values; name and unit unless they are missing."""
-    names, values, units = zip(right, answer, strict=True)
-    value, other = values
-    if '"' in names[0] == other or '"' in names[1] == value:  # of (B) 12, "b is enough
-        return True
-    if any(a and b and a != b for a, b in (names, units)):
-        return False
-    if type(value) is type(other) is list and len(value) == len(other):
-        if units[0] == "{}":
-            here, there = ([sum(agree(a, b, same) for b in side) for a in value] for side in values)
-            return here == there  # each as often as in the other list
-        return all(agree(*pair, same) for pair in zip(*values, strict=True))
-    if number(str(value)):  # for 5 as an answer a + b = 5 is right
-        other = re.sub(".*[^<>!:]=", "", str(other))
-    return same(value, other)
-
-
-@lru_cache(100_000)  # the completions of a problem mostly agree
-def equivalent(right, answer):
-    """The worker's verdict on two answers; False when it dies of it, or isn't there."""
-    global worker
-    with lock, suppress(OSError):
-        process, worker = worker, None  # an interrupt loses the process, and with it a late reply
-        if process is None or (process and process.poll() is not None):
-            pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True}
-            process = Popen([sys.executable, "-u", __file__], **pipes, start_new_session=True)
-            if not process.stdout.readline():
-                process.wait()
-                process = False
-                print("note: no math-verify: LaTeX is compared by spelling", file=sys.stderr)
-        reply = ""
-        if process:
-            print(json.dumps([right, answer]), file=process.stdin, flush=True)
-            reply = process.stdout.readline() or process.wait()
-        worker = process
-        return reply == "True\n"
-    return False
-
-
-def library(right, answer):
-    """Whether two values are equal by math-verify, as serve() changes it."""
-    from math_verify import parser, verify
-
-    spelled = re.fullmatch('-?[0-9/]+,-?[0-9/]+|.*".*', f"{right},{answer}")  # numbers, or text
-    if right == answer or spelled or ("=" in right) != ("=" in answer):
-        return right == answer
-    pair = [parser.parse_latex_cached(text.replace("~", " ")) for text in (right, answer)]
-    return verify(*pair, timeout_seconds=None)
-
-
-def serve():
-    """The worker: a verdict a line [right, answer], without tolerances, eval, and long thought."""
-    import resource  # not on Windows, where the timer is missing as well
-    from signal import ITIMER_PROF, setitimer  # of CPU time: a busy machine judges the same
-
-    replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print is no reply
-    import sympy.physics.units  # reads texts by eval when first imported
-    from latex2sympy2_extended import latex2sympy2, symbols
-    from math_verify import grader
-
-    def equal(a, b, *tolerances):
-        difference = (a - b).doit().subs(symbols.get_symbol("i"), sympy.I)
-        return all(entry.equals(0) for entry in sympy.Matrix([difference]))
-
-    # without this, sympy reads even numbers by eval
-    sympy.parsing.sympy_parser.parse_expr = lambda text, **options: sympy.Rational(text)
-    latex2sympy2.get_symbol = lambda text, *_: symbols.get_symbol(text)  # real; R is no r
-    grader.sympy_numeric_eq = equal
-    grader.sympy_solve_and_compare = None  # takes equations without solutions for equal
-    assert library(r"\frac{1}{2}+x", "x+0.5")
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, [4 << 30] * 2)
-    print(file=replies)  # ready
-    for line in sys.stdin:
-        setitimer(ITIMER_PROF, 3)
-        verdict = False
-        with suppress(Exception):  # LaTeX that the library can't read
-            verdict = agree(*map(parse, json.loads(line)), library)
-        print(verdict, file=replies)
-
-
-class Math:  # problems of a JSONL file; a checksum decides on the split, unless a row does
-    def __init__(self, path=""):
-        self.rows = {}
-        lines = Path(path).read_bytes().split(b"\n") if path else []  # none: for `question` alone
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    self.add(json.loads(line, parse_float=str, parse_int=str))  # digits as written
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)
-                raise ValueError(f"{path} line {number}: {reason}") from None
-
-    def add(self, row):
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object")
-        for name, limit in ("problem", MAX_TEXT), ("answer", MAX_ANSWER):
-            text = row.get(name)
-            if not isinstance(text, str) or len(text) > limit or not text.strip("$ \n"):
-                raise ValueError(f'"{name}" must be 1 to {limit} characters, not only $')
-        if row.setdefault("split", split_of(row["problem"])) not in SPLITS:
-            raise ValueError('"split" must be "train", "validation" or "test"')
-        self.rows.setdefault(row["problem"], row)
-
-    def problems(self, split, count, seed):
-        rows = [row for row in self.rows.values() if row["split"] == split]
-        if not rows:
-            raise ValueError(f"math: no --data, or none in the split {split!r}")
-        Random(f"{split} {seed}").shuffle(rows)
-        return rows[:count]
-
-    def question(self, text):
-        return {"problem": text, "answer": ""}
-
-    def prompt(self, problem):
-        return problem["problem"] + MATH
-
-    def answer(self, text):
-        return spell(parse(final_answer(text))) or None
-
-    def reward(self, problem, text):
-        texts = problem["answer"], final_answer(text)
-        right, answer = map(parse, texts)
-        return float(answer[1] != "" and (agree(right, answer, eq) or equivalent(*texts)))
-
-
-TASKS = {"countdown": Countdown, "arithmetic": Arithmetic, "math": Math}
+# The phrases that the tasks and the traces of the tiny policy are made of. Its tokenizer makes each
+# of them one token, as well as each integer below 1000.
+ANSWER = "Answer: "
+YES = ": yes\n"
+NO = ": no\n"
+PHRASES_OF_PROMPTS = (*COUNTDOWN_PROMPT.split("{}"), *ARITHMETIC_PROMPT.split("{}"))
+PHRASES = (*PHRASES_OF_PROMPTS, ANSWER, YES, NO, ", ", "none")
+TASKS = {"countdown": Countdown, "arithmetic": Arithmetic}  # add yours; "math" is found as well
 
 
 def make_task(name, data=""):
-    """The task of a name with options like "countdown:numbers=4,high=30", or "math" with a file."""
+    """The task of a name such as "countdown:numbers=4,high=30"; `data` is a file of problems."""
     kind, _, options = name.replace(" ", "").partition(":")
+    if kind == "math" and not options:
+        from math_task import Math
+
+        return Math(data)
     if kind not in TASKS:
-        raise ValueError(f"unknown task {kind!r}; there are: {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}, math")
+
+    known = list(inspect.signature(TASKS[kind]).parameters)
+    arguments = {}
+    if data:
+        if "data" not in known:
+            raise ValueError(f"task {name} takes no --data {data}")
+        if options:
+            raise ValueError(f"task {name}: with --data leave out the options, the rows decide")
+        arguments["data"] = data
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in known or key == "data":
+            names = ", ".join(option for option in known if option != "data")
+            raise ValueError(f"task {name}: no option {key!r}; there are: {names or 'none'}")
+        arguments[key] = int(value) if value.isdecimal() else value
     try:
-        if data and kind != "math":
-            raise ValueError(f"takes no --data {data}")
-        pairs = [pair.split("=") for pair in options.split(",") if pair]
-        return TASKS[kind](*data.splitlines(), **{key: int(value) for key, value in pairs})
-    except (TypeError, ValueError) as error:
+        return TASKS[kind](**arguments)
+    except ValueError as error:
         raise ValueError(f"task {name}: {error}") from None
 
 
-if __name__ == "__main__":
-    serve()
+# ---- Random expressions ----
+
+
+class Part(NamedTuple):
+    """A part of a random expression. `rank` is 1 of a sum, 2 of a product, 3 of a number."""
+
+    text: str
+    value: int
+    rank: int
+
+
+def apply(a, operator, b, limit):
+    """a operator b, or None unless it is an integer of 0 or more (of + - *: up to `limit`)."""
+    if operator == "/":
+        if b == 0 or a % b != 0:
+            return None
+        return a // b
+    value = {"+": a + b, "-": a - b, "*": a * b}[operator]
+    if 0 <= value <= limit:
+        return value
+    return None
+
+
+def join(left, operator, right, limit):
+    """The Part "left operator right" with the brackets that it needs, or None as `apply` says."""
+    value = apply(left.value, operator, right.value, limit)
+    if value is None:
+        return None
+    rank = 2 if operator in "*/" else 1
+    left_text = left.text
+    if left.rank < rank:
+        left_text = f"({left_text})"
+    right_text = right.text
+    if right.rank < rank or (right.rank == rank and operator in "-/"):
+        right_text = f"({right_text})"
+    return Part(left_text + operator + right_text, value, rank)
+
+
+# ---- Countdown puzzles from a file ----
+
+
+def puzzle_key(numbers, target):
+    return f"{sorted(numbers)} {target}"
+
+
+def puzzle_of_row(row):
+    """The puzzle of {"nums": [19, 36, 55, 7], "target": 65}, as TinyZero publishes them."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    numbers = row.get("nums")
+    target = row.get("target")
+    if not isinstance(numbers, list) or not 2 <= len(numbers) <= 6:
+        raise ValueError('"nums" must be a list of 2 to 6 integers')
+    for number in (*numbers, target):
+        if type(number) is not int or not 1 <= number <= 9999:
+            raise ValueError('"nums" and "target" must be integers from 1 to 9999')
+    split = row.get("split", split_of(puzzle_key(numbers, target)))
+    if split not in SPLITS:
+        raise ValueError('"split" must be "train", "validation" or "test"')
+    return {"numbers": numbers, "target": target, "split": split}
+
+
+def read_puzzles(path):
+    """The puzzles of a JSONL file, each with its split. Equal ones count once, the first."""
+    puzzles = {}
+    for line_number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            puzzle = puzzle_of_row(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)  # of json, without its own line number
+            raise ValueError(f"{path} line {line_number}: {reason}") from None
+        puzzles.setdefault(puzzle_key(puzzle["numbers"], puzzle["target"]), puzzle)
+    return list(puzzles.values())
+
+
+# ---- Where a completion says its answer ----
+
+MARKUP = r"(?:[\s$*`}]|\\[(\[])*"  # between a mark and the answer, line breaks included
+ANSWER_MARK = re.compile(r"(?i)answer(?: is)?[*_ ]{0,4}[:：]" + MARKUP)
+WEAKER_MARK = re.compile(
+    r"(?im)(?:[<[](?:final[_ ])?answer[]>]"  # <answer>3*7+5</answer>
+    r"|^[ #*_]{0,8}(?:the |my )?(?:final )?answer[ *_\r]{0,4}(?:$|(?=[0-9([{$\\`]))"  # a heading
+    r"|\banswer(?: (?:to|for) [^.=\n]{0,40}?)?[*_ ]{0,4}"  # The answer is 3*7+5.
+    r"(?:=|[-=]>|→|(?<=[\s*_])[-–]\s|\b(?:is|equals|(?:would|should|must) be)\b))" + MARKUP
+)
+BOX_MARK = re.compile(r"\\(?:boxed|fbox)\b")
+ALL_MARKS = (ANSWER_MARK, WEAKER_MARK, BOX_MARK)
+
+INTEGER = r"(?<![0-9.,])(?:(?<![0-9)])[-−–])?[0-9][0-9,.]{0,200}"
+RESULT = re.compile(rf"[\s$*`+]*({INTEGER})(?![0-9]|\s*[-+*/]+\s*[0-9]|\s*[-+*/]\s*\()")
+
+
+def after_thought(text):
+    """The text behind <think>...</think>; "" where a thought doesn't end."""
+    return text.rpartition("</think>")[2].partition("<think>")[0][-MAX_TEXT:]
+
+
+def extract_answer(text, marks=(ANSWER_MARK, WEAKER_MARK)):
+    """What follows the last "Answer:", undecorated, or the next weaker mark where there is none."""
+    text = after_thought(text)
+    for mark in marks:
+        places = list(mark.finditer(text))
+        if places:
+            line = text[places[-1].end() :].partition("\n")[0]
+            line = re.split(r"(?i)[<[]/(?:final[_ ])?answer", line)[0]
+            if mark is WEAKER_MARK:
+                line = re.split(r"\.\s+[A-Z]", line)[0]  # The answer is 26. I hope that this helps
+            return line[:MAX_ANSWER].rstrip(" \t\r.$*`") or None
+    return None
+
+
+def last_result(text):
+    """For a text that marks no answer: the result of the last equation in the last line that has
+    numbers, 16 in "7+9=16 (Step 1)"; where that line has no equation, its last integer."""
+    lines = [line for line in after_thought(text).split("\n") if re.search("[0-9]", line)]
+    if not lines:
+        return None
+    _, equals, end_of_line = lines[-1].rpartition("=")
+    if equals:
+        result = RESULT.match(end_of_line)
+        return result[1] if result else None
+    integers = re.findall(INTEGER, end_of_line)
+    return integers[-1] if integers else None
+
+
+# ---- Expressions: numbers with + - * / and brackets ----
+
+
+@dataclass
+class Expression:
+    """A number, a sum, or a product; in which order it was written is forgotten.
+
+    (5)+3*7, 7*3+5 and 5+(7*3) are the sum of the operands 3*7 and 5.
+    """
+
+    value: Fraction
+    numbers: list  # all of them, each as often as it occurs
+    kind: str  # "number", "sum" or "product"
+    direct: list  # spellings of what is added in a sum, or multiplied in a product
+    inverse: list  # spellings of what is subtracted, or divided by
+
+    @property
+    def spelling(self):
+        """One text for all ways to write this: operands in the order of their spellings."""
+        direct_sign, inverse_sign = ("+", "-") if self.kind == "sum" else ("*", "/")
+        text = direct_sign.join(sorted(self.direct))
+        for operand in sorted(self.inverse):
+            text += inverse_sign + operand
+        return text
+
+    def operands(self, kind):
+        """What this contributes to a sum or product that it is part of: (direct, inverse)."""
+        if self.kind == kind:
+            return self.direct, self.inverse
+        if self.kind == "sum":
+            return [f"({self.spelling})"], []
+        return [self.spelling], []
+
+
+def combine(left, operator, right):
+    """The Expression "left operator right"."""
+    if operator == "+":
+        value = left.value + right.value
+    elif operator == "-":
+        value = left.value - right.value
+    elif operator == "*":
+        value = left.value * right.value
+    elif right.value == 0:
+        raise ValueError("division by zero")
+    else:
+        value = left.value / right.value
+
+    kind = "sum" if operator in "+-" else "product"
+    left_direct, left_inverse = left.operands(kind)
+    right_direct, right_inverse = right.operands(kind)
+    if operator in "-/":  # a-(b-c) is a+c-b
+        right_direct, right_inverse = right_inverse, right_direct
+    return Expression(
+        value=value,
+        numbers=left.numbers + right.numbers,
+        kind=kind,
+        direct=left_direct + right_direct,
+        inverse=left_inverse + right_inverse,
+    )
+
+
+def number_expression(digits):
+    """The Expression of "26" or "1,021"."""
+    digits = re.sub(r"[,\s]", "", digits)
+    if not re.fullmatch("[0-9]+", digits) or len(digits) > MAX_DIGITS:
+        raise ValueError(f"{digits!r} is no short integer")
+    value = int(digits)
+    return Expression(Fraction(value), [value], "number", direct=[str(value)], inverse=[])
+
+
+class Parser:
+    r"""Reads tokens as a sum of products of numbers, brackets, and \frac{sum}{sum}."""
+
+    def __init__(self, tokens):
+        self.tokens = [*tokens, "end"]
+        self.position = 0
+        self.depth = 0
+
+    def next(self):
+        return self.tokens[self.position]
+
+    def take(self):
+        self.position += 1
+        return self.tokens[self.position - 1]
+
+    def parse(self):
+        expression = self.sum()
+        if self.next() != "end":
+            raise ValueError(f"{self.next()!r} is left over")
+        return expression
+
+    def sum(self):
+        left = self.product()
+        while self.next() in ("+", "-"):
+            operator = self.take()
+            left = combine(left, operator, self.product())
+        return left
+
+    def product(self):
+        left = self.factor()
+        operator = ""
+        while self.next() in ("*", "/") or self.at_juxtaposed():
+            if not self.at_juxtaposed():
+                operator = self.take()
+            elif operator == "/":
+                raise ValueError("6/2(3) has two readings")
+            else:
+                operator = "*"
+            left = combine(left, operator, self.factor())
+        return left
+
+    def at_juxtaposed(self):
+        """Whether a factor follows without an operator, as in 4(11) and (7-1)4."""
+        after_bracket = self.tokens[self.position - 1] == ")"
+        return self.next() == "(" or (after_bracket and self.next()[0].isdigit())
+
+    def factor(self):
+        token = self.take()
+        if token == r"\frac":
+            numerator = self.factor()
+            return combine(numerator, "/", self.factor())
+        if token != "(":
+            return number_expression(token)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError("too many brackets in brackets")
+        inside = self.sum()
+        self.depth -= 1
+        if self.take() != ")":
+            raise ValueError("a bracket isn't closed")
+        return inside
+
+
+# ---- Answers as models write them, such as "$4 \times (7-1)$ = 4*6 = 24 (the target)" ----
+
+CHARACTERS = str.maketrans(
+    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width forms
+    | dict.fromkeys(map(ord, "−–—‒‐‑"), "-")
+    | dict.fromkeys(map(ord, "×·⋅∙∗•✕✖"), "*")
+    | dict.fromkeys(map(ord, "÷⁄∕"), "/")
+    | dict.fromkeys(map(ord, "→⇒⟹⟶➔➜➡≡"), "=")
+    | dict.fromkeys(map(ord, "$`_&\"'“”„‘’«»✓✔✅☑\ufe0f\u200b"), " ")
+)
+BRACKETS = str.maketrans("[{<]}>", "((()))")
+LATEX = {  # what it means, and how it is written behind a backslash
+    "*": "times|cdot|ast",
+    "/": "div",
+    "=": "to|implies|equiv|[rR]ightarrow|[lL]ongrightarrow",
+    r" \\frac ": "[dtc]?frac",
+    " ": "left|right|[bB]igg?[lr]?|boxed|fbox|text[a-z]*|math[a-z]*|[a-z]*style|underline|q?quad"
+    "|checkmark",
+}
+TOKEN = r"[0-9]+(?:[,\s][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\\?[A-Za-z]+|\S"  # 1,021 is one
+SEPARATORS = "=,;:.!#"
+EXPLANATION = r"(?i)([0-9)].*?)[(\s]*\b(?:because|since|using|where)\b.*"  # behind the answer
+DOUBTFUL = set(  # words that put an answer in doubt ("t" ends isn't) or make another number of it
+    """about above actually after almost approximately around attempt base before below between
+    billion but candidate cannot close cube cubed divided double dozen either except factorial fails
+    false fewer fifth fifths greater guess half halves hundred hundreds hundredths if impossible
+    incorrect instead invalid inverse larger least less ln log maybe million millions minus mod
+    modulo more most multiplied nearly negative never no none nor not opposite option or over
+    percent perhaps plus point possibly power probably quarter quarters reciprocal remainder root
+    roughly smaller sqrt square squared step t tenths than third thirds thousand thousands
+    thousandths times triple twice under unknown unless unsure versus wait without wrong""".split()
+)
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def normalise(text):
+    """The text with + - * / ( ) = for all their spellings, and without decoration."""
+    text = text.translate(CHARACTERS)
+    for meaning, commands in LATEX.items():
+        text = re.sub(rf"\\(?:{commands})(?![A-Za-z])", meaning, text)
+    text = re.sub(r"\\[](),;:\\ []|\\(?=[{}])", " ", text)  # LaTeX spaces and delimiters
+    text = re.sub(r"\{([-+*/=,])\}", r"\1", text)  # 1{,}021
+    text = re.sub(r"</?[A-Za-z]+>", " ", text)  # <expression>
+    text = re.sub(r"[-=~]+>|<-+", "=", text)  # an arrow
+    text = text.translate(BRACKETS)
+    text = re.sub(EXPLANATION, r"\1", text)
+    text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", "*", text)  # 4 x 6
+    text = re.sub(r"(?<=[A-Za-z0-9)])\s*-\s*(?=[A-Za-z])", " ", text)  # twenty-six; 26 - target
+    text = re.sub(r"(^|=)\s*\+", r"\1", text)  # +26
+
+    # Two stars are bold type. Only between operands they are a power, which nothing here reads.
+    text = re.sub(r"\*{2,}(?!\*|\s*[0-9(])", " ", text)
+    text = re.sub(r"\*{2,}(?=\s*\([A-Za-z=])", " ", text)
+    return re.sub(r"(?<![0-9)\s*])\s*\*{2,}", " ", text)
+
+
+def is_word(token):
+    return token.isascii() and token.isalpha()
+
+
+def kind_of_token(token):
+    if is_word(token):
+        return "word"
+    if token in SEPARATORS:
+        return "separator"
+    return "mathematics"
+
+
+def open_remarks(tokens):
+    """Turn brackets around words or an equation, as in "26 (the target)", into commas."""
+    tokens = list(tokens)
+    opened = []  # positions of the brackets that aren't closed yet
+    for position, token in enumerate(tokens):
+        if token == "(":
+            opened.append(position)
+        elif token == ")":
+            if not opened:
+                raise ValueError("a bracket isn't opened")
+            start = opened.pop()
+            inside = tokens[start:position]
+            if "=" in inside or any(is_word(inner) for inner in inside):
+                tokens[start] = ","
+                tokens[position] = ","
+    return tokens
+
+
+def number_in_words(words):
+    """The number that words end with, 26 for ["equals", "twenty", "six"]; None: with no number."""
+    value = None
+    for word in words:
+        if word in ONES:
+            value = (value or 0) + ONES.index(word)
+        elif word in TENS:
+            value = (value or 0) + 20 + 10 * TENS.index(word)
+        elif word == "hundred" and value:
+            value *= 100
+        elif word == "thousand" and value:
+            value *= 1000
+        elif word in DOUBTFUL:
+            raise ValueError(f"{word!r} may change the answer")
+        elif word != "and":
+            value = None
+    return value
+
+
+def read_tokens(tokens):
+    """The Expressions between words and separators; ValueError if there is anything else."""
+    expressions = []
+    for kind, run in groupby(open_remarks(tokens), kind_of_token):
+        if kind == "mathematics":
+            formula = list(run)
+            if len(formula) == 1:
+                formula[0] = re.sub(r"\.0+$", "", formula[0])  # the result 26.0, but no 4.0*7
+            expressions.append(Parser(formula).parse())
+        elif kind == "word":
+            value = number_in_words([word.lower() for word in run])
+            if value is not None:
+                expressions.append(number_expression(str(value)))
+    return expressions
+
+
+def read_answer(line):
+    r"""The Expressions that an answer states to be equal; [] where they aren't, or it is unclear.
+
+    "$3 \times 7 + 5$ = 21+5 = 26 (the target)" has three. The first is 3*7+5.
+    """
+    if line is None or len(line) > MAX_ANSWER:
+        return []
+    plain = normalise(line)
+    if re.search("[0-9)][A-Za-z]|[A-Za-z][0-9(]", plain):
+        return []  # 16x isn't 16, and sqrt(16) isn't either
+
+    # In "16 (7+9)" the bracket repeats the value, in "4 (7+9)" it is a factor: try both readings.
+    repeated = re.sub(r"(?<=[0-9)])\s+\(([^()]*)\)[\s.,!]*$", r" = \1", plain)
+    for text in (repeated, plain):
+        try:
+            expressions = read_tokens(re.findall(TOKEN, text))
+        except ValueError:
+            continue
+        if len({expression.value for expression in expressions}) == 1:
+            return expressions
+    return []
