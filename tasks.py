@@ -7,6 +7,7 @@ A task is any object with these methods:
     answer(text) -> str or None             what a completion answers; a vote counts these
     reward(problem, text) -> 0.0 or 1.0     the verifier; `text` is any string at all
     question(text) -> problem               what a person asks with --ask, or ValueError
+    example                                 such a text (these two may be missing)
 
 Countdown and Arithmetic come first, then what they are made of: random problems, rows of a file,
 and the reading of answers. Competition mathematics is in the folder math_task/.
@@ -80,6 +81,8 @@ COUNTDOWN_PROMPT = (
 
 class Countdown(RandomTask):
     """`numbers` says how many there are: 3, or "3-4" for both. `data` is a file of puzzles."""
+
+    example = "4 9 13 61"
 
     def __init__(self, numbers=3, high=30, max_target=120, data=""):
         if not re.fullmatch("[2-6](-[2-6])?", str(numbers)):
@@ -168,6 +171,8 @@ ARITHMETIC_PROMPT = 'Compute {}\nThink step by step, then end with one line "Ans
 
 class Arithmetic(RandomTask):
     """`operations` of + - * on numbers up to `high`; no result on the way exceeds `max_value`."""
+
+    example = "3*(4+5)"
 
     def __init__(self, operations=3, high=20, max_value=400):
         check_option("operations", operations, 1, 8)
