@@ -72,7 +72,7 @@ def difference(runs, name, reference):
 
 
 def label(name):
-    """"set (lattice)" is the run "set", evaluated with lattices."""
+    """ "set (lattice)" is the run "set", evaluated with lattices."""
     run, _, lattice = name.partition(" (")
     return raw.LABELS[run] + (" (" + lattice if lattice else "")
 
