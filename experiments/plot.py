@@ -188,7 +188,7 @@ def draw_real_model():
     axis.set_xlim(0, 0.75)
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axis.set_xlabel("right answers, one pair of dots for each seed")
-    figure.suptitle("SmolLM2-135M learns sums", x=0.01, horizontalalignment="left")
+    figure.suptitle("SmolLM2-135M learns arithmetic", x=0.01, horizontalalignment="left")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save(figure, "real_model.png")
 

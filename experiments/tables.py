@@ -232,7 +232,8 @@ def default(*folders):
 def real_model_scores():
     """{run: [the scores of each seed]} of the real model, its validation seeds left out."""
     found = {}
-    for row in raw.read_rows(raw.RESULTS / "real_model.jsonl"):
+    rows = raw.read_rows(raw.RESULTS / "real_model.jsonl")
+    for row in sorted(rows, key=lambda row: row["seed"]):
         if row["seed"] >= 100:
             continue
         scores = dict(row["scores"])
@@ -263,6 +264,21 @@ def real_model(*names):
         for text, key in REAL_MODEL.items():
             mean, half = raw.student_interval([scores[key] for scores in found[name]])
             column[text] = f"{mean:.2f}" if half is None else f"{mean:.2f} ± {half:.2f}"
+        columns.append(column)
+    return markdown(transpose(columns))
+
+
+def real_model_differences(reference):
+    """Every run of the real model minus the reference, seed by seed."""
+    found = real_model_scores()
+    columns = []
+    for name in [name for name in RIVALS if name in found and name not in ("base", reference)]:
+        pairs = list(zip(found[name], found[reference], strict=True))
+        column = {"(seeds)": f"{raw.LABELS[name]} ({len(pairs)})"}
+        for text, key in REAL_MODEL.items():
+            changes = [ours[key] - theirs[key] for ours, theirs in pairs]
+            mean, half = raw.student_interval(changes)
+            column[text] = f"{mean:+.2f} ± {half:.2f}"
         columns.append(column)
     return markdown(transpose(columns))
 
@@ -342,6 +358,7 @@ TABLES = {
     "noise": noise,
     "default": default,
     "real_model": real_model,
+    "real_model_differences": real_model_differences,
     "bench": bench,
     "speed": speed,
     "trl": trl,
