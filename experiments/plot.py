@@ -122,7 +122,7 @@ NOISE_BARS = {
 
 
 def draw_noise():
-    """Tokens until a credit's signal equals its noise, on the untrained policy and after training."""
+    """Tokens until a credit's signal equals its noise, before and after training."""
     found = raw.noise_of_credits()
     figure, axis = plt.subplots(figsize=(7, 4.4))
     height = 0.38
