@@ -211,7 +211,13 @@ def student_interval(values):
 
 # ---- Noise of the credits ------------------------------------------------------------------------
 
-NOISE_MEASURES = ("noise", "cosine with the true gradient", "thousand tokens")
+NOISE_MEASURES = (
+    "noise",
+    "cosine with the true gradient",
+    "thousand tokens",
+    "times fewer tokens than set credit",
+)
+REFERENCE_CREDIT = "set, K=4 N2=4"
 
 
 def noise_moments():
@@ -236,7 +242,9 @@ def noise_of_credits():
     the variance of g over its squared length along t, (sum of E g . t)^2 / (sum of t . t).
     """
     found = {}
+    reference = {}  # tokens of set credit, by policy: it comes first, with the same picks
     for key, rows in noise_moments().items():
+        policy, credit = key
         count = len(rows)
         picks = np.random.default_rng(0).integers(count, size=(2000, count))
         picks[0] = np.arange(count)  # every problem once: the value itself
@@ -245,8 +253,11 @@ def noise_of_credits():
         noise = (second - squared_mean) * true / along**2
         cosine = along / np.sqrt(squared_mean * true)
         thousand_tokens = noise * tokens / 1000  # until signal = noise
+        if credit == REFERENCE_CREDIT:
+            reference[policy] = thousand_tokens
+        times_fewer = reference[policy] / thousand_tokens
         found[key] = {}
-        samples = (noise, cosine, thousand_tokens)
+        samples = (noise, cosine, thousand_tokens, times_fewer)
         for measure, values in zip(NOISE_MEASURES, samples, strict=True):
             low, high = np.percentile(values, [2.5, 97.5])
             found[key][measure] = (values[0], low, high)

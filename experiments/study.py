@@ -477,9 +477,13 @@ def main():
     if args.piece:
         return do_piece(json.loads(args.piece), runs, results)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for part in args.parts or PARTS:
-        run_pieces(pieces_of(args, part, results), args, runs, results)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        for part in args.parts or PARTS:
+            run_pieces(pieces_of(args, part, results), args, runs, results)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on")
+        return 130
     return 0
 
 

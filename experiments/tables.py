@@ -197,7 +197,7 @@ def response(setting=SETTING[0], tokens=SETTING[1]):
 
 def noise(policy):
     """Noise and direction of every credit's gradient: "start" or "after training"."""
-    lines = [["credit", "noise", "cosine with the true gradient", "thousand tokens"]]
+    lines = [["credit", *raw.NOISE_MEASURES]]
     for (measured_on, credit), values in raw.noise_of_credits().items():
         if measured_on == policy.replace("-", " "):
             cells = [
