@@ -195,6 +195,17 @@ def response(setting=SETTING[0], tokens=SETTING[1]):
     return markdown(lines)
 
 
+NOISE_LABELS = {
+    "set, K=4 N2=4": "set credit, K = 4, N2 = 4",
+    "set, K=8 N2=2": "set credit, K = 8, N2 = 2",
+    "curve + residual": "curve credit + residual, λ = 1",
+    "curve + residual / 4": "curve credit + residual, λ = 1/4",
+    "curve": "curve credit",
+    "pass@4": "pass credit",
+    "trace": "trace credit",
+}
+
+
 def noise(policy):
     """Noise and direction of every credit's gradient: "start" or "after training"."""
     lines = [["credit", *raw.NOISE_MEASURES]]
@@ -203,7 +214,7 @@ def noise(policy):
             cells = [
                 f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in values.values()
             ]
-            lines.append([credit, *cells])
+            lines.append([NOISE_LABELS[credit], *cells])
     return markdown(lines)
 
 
