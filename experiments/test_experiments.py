@@ -4,6 +4,7 @@ python -m pytest experiments
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_every_marker_is_closed_and_names_a_table():
 
 def test_links_and_figures_of_the_pages_exist():
     for page in [page for page in plot.PAGES if page.is_relative_to(HERE)]:
-        for link in tables.re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if link.startswith("http"):
                 continue
             target = (page.parent / link).resolve()
