@@ -1,4 +1,4 @@
-"""How fast is it? Ours against the obvious alternative, in turns in one process.
+"""How fast is it? This project against the obvious alternative, in turns in one process.
 
     python experiments/bench.py                           # all cases, minutes on 2 CPU cores
     python experiments/bench.py --quick --cases rollout,memory      # small sizes, two cases
@@ -23,7 +23,8 @@ weights, a process each that takes two steps and adds the second to results/benc
     python-that-has-trl experiments/bench.py --step trl --model DIR
 
 with the update's share of the machine's matmul rate (6 flops a weight and token), and sampling's
-shares of that (2 flops) and of its rate of copying (all weights once a token).
+shares of that (2 flops) and of its rate of copying (all weights once a token). BENCH.md shows the
+results.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,34 +46,56 @@ if "trl" not in sys.argv:  # that process may live in an environment of its own
     import spiral
     import tasks
 
-# mean length (0: endless), prompt tokens from and to, prompts, longest completion, rows to a prompt
+
+@dataclass
+class SamplingCase:
+    mean_length: int  # of completions; 0: they never end by themselves
+    shortest_prompt: int
+    longest_prompt: int
+    num_prompts: int
+    max_tokens: int  # of a completion
+    num_samples: int  # completions of a prompt
+
+
 SAMPLING = {
-    "batch 1": (0, 16, 64, 1, 128, 1),
-    "batch 16": (56, 16, 64, 2, 256, 8),
-    "batch 64": (56, 16, 64, 8, 256, 8),
-    "batch 256": (56, 16, 64, 32, 256, 8),
-    "aggregation N2=4": (64, 1024, 4096, 1, 256, 4),
-    "aggregation N2=8": (64, 1024, 4096, 1, 256, 8),
+    "batch 1": SamplingCase(0, 16, 64, num_prompts=1, max_tokens=128, num_samples=1),
+    "batch 16": SamplingCase(56, 16, 64, num_prompts=2, max_tokens=256, num_samples=8),
+    "batch 64": SamplingCase(56, 16, 64, num_prompts=8, max_tokens=256, num_samples=8),
+    "batch 256": SamplingCase(56, 16, 64, num_prompts=32, max_tokens=256, num_samples=8),
+    "aggregation N2=4": SamplingCase(64, 1024, 4096, num_prompts=1, max_tokens=256, num_samples=4),
+    "aggregation N2=8": SamplingCase(64, 1024, 4096, num_prompts=1, max_tokens=256, num_samples=8),
 }
-TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "head_dim": 32}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROWS = []  # of the table
+TURNS = 5
+ROWS = []  # of the result
 SUMS = ["What is 7 + 5?", "What is 12 * 3?", "What is 19 - 8?", "What is 6 * 7?"]
 
 
-# ---- Measuring ----
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
-def clock(function, *args):
-    """(result, seconds): of the CPU where there is one thread."""
-    cpu = DEVICE.type == "cpu"
-    now = time.process_time if cpu and torch.get_num_threads() == 1 else time.perf_counter
-    wait = int if cpu else torch.cuda.synchronize
-    wait()
+def now():
+    """Seconds: of this process's CPU time where there is one thread, else of the clock."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def clock(function, *arguments):
+    """(result, seconds) of a call."""
     began = now()
-    result = function(*args)
-    wait()
+    result = function(*arguments)
     return result, now() - began
 
 
@@ -79,7 +103,8 @@ def peak_bytes(function):
     """The most that tensors made in `function` hold at a time, from a trace of every allocation."""
     with torch.profiler.profile(profile_memory=True) as trace:
         function()
-    held, peak = 0, 0
+    held = 0
+    peak = 0
     for event in trace.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
@@ -89,175 +114,230 @@ def peak_bytes(function):
 
 def machine_limits():
     """(bytes/s of a large copy, flops/s of a large fp32 matmul)."""
-    source, matrix = torch.ones(1 << 26, device=DEVICE), torch.ones(2048, 2048, device=DEVICE)
+    source = torch.ones(1 << 26, device=DEVICE)
     target = torch.empty_like(source)
-    copy = min(clock(target.copy_, source)[1] for _ in range(9))
-    matmul = min(clock(torch.mm, matrix, matrix)[1] for _ in range(9))
-    return 2 * source.nbytes / copy, 2 * 2048**3 / matmul
+    matrix = torch.ones(2048, 2048, device=DEVICE)
+    copy_seconds = min(clock(target.copy_, source)[1] for _ in range(9))
+    matmul_seconds = min(clock(torch.mm, matrix, matrix)[1] for _ in range(9))
+    return 2 * source.nbytes / copy_seconds, 2 * 2048**3 / matmul_seconds
 
 
-def add(case, ratios, **more):
+def add_row(case, ratios, **more):
     ratio = statistics.median(ratios)
     print(f"{case:<24}{ratio:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})")
     ROWS.append({"case": case, "ratio": ratio, "ratios": ratios, **more})
 
 
 def compare(case, turn):
-    """turn(seed): (seconds of ours, of theirs, tokens of each)."""
-    turns = [turn(seed) for seed in range(1, 6)]
-    ours, theirs, tokens = map(sum, zip(*turns, strict=True))
-    ratios = [their / mine for mine, their, _ in turns]
-    add(case, ratios, ours=tokens / ours, theirs=tokens / theirs)
+    """turn(seed) returns the seconds of ours, those of theirs, and the tokens of each."""
+    ratios = []
+    our_seconds = 0
+    their_seconds = 0
+    num_tokens = 0
+    for seed in range(1, TURNS + 1):
+        ours, theirs, tokens = turn(seed)
+        ratios.append(theirs / ours)
+        our_seconds += ours
+        their_seconds += theirs
+        num_tokens += tokens
+    add_row(case, ratios, ours=num_tokens / our_seconds, theirs=num_tokens / their_seconds)
 
 
-# ---- Random weights ----
+# ---- Random weights ------------------------------------------------------------------------------
 
 
-def random_policy(memory, mean_length=0, vocabulary=1275):
-    """A Qwen3, of whose tokens so many end a completion that it has `mean_length` (0: no end).
-    memory: rows, longest prompt, longest completion."""
+def random_policy(rows, max_prompt_tokens, max_tokens, mean_length=0, vocabulary=1275):
+    """A small Qwen3. So many of its tokens end a completion that it has `mean_length` (0: none)."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**TINY, vocab_size=vocabulary)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="spiral")
     model = model.eval().to(DEVICE)
-    tokenizer = SimpleNamespace(eos_ids=range(vocabulary // mean_length if mean_length else 0))
-    return spiral.Policy(model, tokenizer, spiral.Memory(model, *memory))
+    num_ends = vocabulary // mean_length if mean_length else 0
+    tokenizer = SimpleNamespace(eos_ids=range(num_ends))
+    memory = spiral.Memory(model, rows, max_prompt_tokens, max_tokens)
+    return spiral.Policy(model, tokenizer, memory)
 
 
-def random_tokens(low, high, count):
-    lengths = torch.randint(low, high + 1, (count,)).tolist()
-    return [torch.randint(1, 1274, (n,)).tolist() for n in lengths]
+def random_tokens(shortest, longest, count):
+    lengths = torch.randint(shortest, longest + 1, (count,)).tolist()
+    return [torch.randint(1, 1274, (length,)).tolist() for length in lengths]
 
 
-# ---- Sampling ----
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+def generate_batch(policy, prompts, lengths):
+    """transformers.generate and log-probs of left-padded prompts; lengths [prompts][samples]."""
+    width = max(len(prompt) for prompt in prompts)
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    tokens = tokens.to(DEVICE)
+    ends = torch.tensor(lengths).flatten()  # one for each completion
+    last_position = ends.to(DEVICE) + width - 1
+    end_token = 0  # any token: `stop` says when it comes
+
+    def stop(so_far, scores):
+        is_last = last_position == so_far.shape[1]
+        scores[:, end_token] = torch.where(is_last, 1e4, -1e4)
+        return scores
+
+    out = policy.model.generate(
+        tokens,
+        attention_mask=tokens > 0,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=len(lengths[0]),
+        max_new_tokens=int(ends.max()),
+        eos_token_id=end_token,
+        pad_token_id=end_token,
+        logits_processor=[stop],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for position, logits in enumerate(out.logits, width):
+        logits.log_softmax(-1).gather(-1, out.sequences[:, position, None])
 
 
 def generate(policy, prompts, lengths):
-    """transformers.generate and log-probs; row r ends after lengths[r] tokens."""
-    times, eos = len(lengths) // len(prompts), 0  # any token: `stop` says when it comes
+    """The same completions by transformers, in four batches of prompts of like length."""
+    num_samples = len(lengths) // len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = -(-len(order) // 4)
-    for chunk in [order[i : i + size] for i in range(0, len(order), size)]:
-        width = len(prompts[chunk[-1]])  # the longest
-        tokens = [[0] * (width - len(prompts[i])) + prompts[i] for i in chunk]
-        tokens = torch.tensor(tokens, device=DEVICE)
-        ends = torch.tensor([lengths[i * times + j] for i in chunk for j in range(times)])
-        last = ends.to(DEVICE) + width - 1
-
-        def stop(so_far, scores, last=last):
-            scores[:, eos] = torch.where(last == so_far.shape[1], 1e4, -1e4)
-            return scores
-
-        out = policy.model.generate(
-            tokens,
-            attention_mask=tokens > 0,
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=times,
-            max_new_tokens=int(ends.max()),
-            eos_token_id=eos,
-            pad_token_id=eos,
-            logits_processor=[stop],
-            output_logits=True,
-            return_dict_in_generate=True,
+    batch_size = -(-len(order) // 4)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        generate_batch(
+            policy,
+            prompts=[prompts[i] for i in batch],
+            lengths=[lengths[i * num_samples : (i + 1) * num_samples] for i in batch],
         )
-        for t, logits in enumerate(out.logits, width):
-            logits.log_softmax(-1).gather(-1, out.sequences[:, t, None])
 
 
 def compare_sampling(case, policy, run):
-    """Compares run(seed), whose calls of spiral.sample generate repeats."""
-    real, calls = spiral.sample, []
+    """Compares run(seed), whose calls of spiral.sample are repeated with generate."""
+    plain_sample = spiral.sample
+    calls = []  # of (prompts, lengths of the completions, seconds)
 
-    def sample(policy, prompts, *args, **kwargs):
-        completions, seconds = clock(lambda: real(policy, prompts, *args, **kwargs))
-        calls.append((prompts, [len(c.tokens) for row in completions for c in row], seconds))
+    def recorded_sample(policy, prompts, *arguments, **options):
+        began = now()
+        completions = plain_sample(policy, prompts, *arguments, **options)
+        seconds = now() - began
+        lengths = [len(c.tokens) for of_prompt in completions for c in of_prompt]
+        calls.append((prompts, lengths, seconds))
         return completions
 
     def turn(seed):
         calls.clear()
         _, ours = clock(run, seed)
-        tokens = sum(sum(lengths) for _, lengths, _ in calls)
-        theirs = ours - sum(seconds for *_, seconds in calls)  # prompts, rewards: both need them
+        num_tokens = sum(sum(lengths) for _, lengths, _ in calls)
+        in_sample = sum(seconds for _, _, seconds in calls)
+        theirs = ours - in_sample  # prompts and rewards, which both need
         policy.model.set_attn_implementation("sdpa")
         for prompts, lengths, _ in calls:
             theirs += clock(generate, policy, prompts, lengths)[1]
         policy.model.set_attn_implementation("spiral")
-        return ours, theirs, tokens
+        return ours, theirs, num_tokens
 
-    spiral.sample = sample
+    spiral.sample = recorded_sample
     run(0)  # warm-up
     compare(case, turn)
-    spiral.sample = real
+    spiral.sample = plain_sample
 
 
 def rollout(shrink):
-    config, count = spiral.Config(), 16 // shrink
-    policy, task = spiral.load_policy(config), tasks.make_task(config.task)
+    config = spiral.Config()
+    policy = spiral.load_policy(config)
+    task = tasks.make_task(config.task)
     problems = task.problems("train", 200, 0)
+    num_problems = 16 // shrink
 
     def run(seed):
-        generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
-        mine = problems[seed * count : (seed + 1) * count]
-        spiral.rollout(policy, task, mine, config, generators, torch.arange(5) / 4)
+        chosen = problems[seed * num_problems : (seed + 1) * num_problems]
+        seeds = [1000 * seed + i for i in range(num_problems)]
+        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        curve = torch.arange(5) / 4
+        spiral.rollout(policy, task, chosen, config, generators, curve)
 
     compare_sampling("rollout", policy, run)
 
 
+def compare_sampling_case(name, case, shrink):
+    shortest = case.shortest_prompt // shrink
+    longest = case.longest_prompt // shrink
+    max_tokens = case.max_tokens // shrink
+    policy = random_policy(
+        rows=case.num_prompts * case.num_samples,
+        max_prompt_tokens=longest,
+        max_tokens=max_tokens,
+        mean_length=case.mean_length // shrink,
+    )
+
+    def run(seed):
+        torch.manual_seed(seed)
+        prompts = random_tokens(shortest, longest, count=case.num_prompts)
+        spiral.sample(policy, prompts, max_tokens, 1.0, case.num_samples)
+
+    compare_sampling(name, policy, run)
+
+
 def sampling(shrink):
-    for case, (mean, low, high, prompts, limit, count) in SAMPLING.items():
-        low, high, limit = (n // shrink for n in (low, high, limit))
-        policy = random_policy((prompts * count, high, limit), mean // shrink)
-
-        def run(seed, policy=policy, sizes=(low, high, prompts), limit=limit, count=count):
-            torch.manual_seed(seed)
-            spiral.sample(policy, random_tokens(*sizes), limit, 1.0, count)
-
-        compare_sampling(case, policy, run)
+    for name, case in SAMPLING.items():
+        compare_sampling_case(name, case, shrink)
 
 
-# ---- Update ----
+# ---- Update --------------------------------------------------------------------------------------
 
 
-def gradient(policy, groups):
+def compute_gradient(policy, groups):
     for batch in spiral.micro_batches(groups, 8192):
         logprobs, _, advantages = spiral.completion_logprobs(policy.model, batch, 1.0)
         spiral.policy_loss(logprobs, logprobs.detach(), advantages, 0.2).backward()
 
 
+def compare_update(policy, count, shortest, longest, shrink):
+    torch.manual_seed(count)
+    traces = random_tokens(256 // shrink, 1024 // shrink, count=4)
+    prompt = [token for trace in traces for token in trace]
+    completions = []
+    for tokens in random_tokens(shortest // shrink, longest // shrink, count=count):
+        completion = spiral.Completion(0, 0, 0, None, 1, tokens, tokens, advantage=1)
+        completions.append(completion)
+    shared = [spiral.Group(prompt, completions)]
+    repeated = [spiral.Group(list(prompt), [completion]) for completion in completions]
+    num_tokens = sum(len(completion.tokens) for completion in completions)
+
+    def turn(seed):
+        _, ours = clock(compute_gradient, policy, shared)
+        _, theirs = clock(compute_gradient, policy, repeated)
+        return ours, theirs, num_tokens
+
+    compare(f"update N2={count}, {shortest}-{longest}", turn)
+
+
 def update(shrink):
-    policy = random_policy((1, 1, 1))
-    for count, low, high in ((4, 256, 1024), (8, 256, 1024), (8, 64, 256)):
-        torch.manual_seed(count)
-        prompt = sum(random_tokens(256 // shrink, 1024 // shrink, 4), [])
-        rows = random_tokens(low // shrink, high // shrink, count)
-        completions = [spiral.Completion(0, 0, 0, None, 1, row, row, advantage=1) for row in rows]
-        repeated = [spiral.Group([*prompt], [c]) for c in completions]
-        ways = [spiral.Group(prompt, completions)], repeated
-        tokens = sum(map(len, rows))
-
-        def turn(_, ways=ways, tokens=tokens):
-            return *(clock(gradient, policy, way)[1] for way in ways), tokens
-
-        compare(f"update N2={count}, {low}-{high}", turn)
+    policy = random_policy(rows=1, max_prompt_tokens=1, max_tokens=1)
+    compare_update(policy, count=4, shortest=256, longest=1024, shrink=shrink)
+    compare_update(policy, count=8, shortest=256, longest=1024, shrink=shrink)
+    compare_update(policy, count=8, shortest=64, longest=256, shrink=shrink)
 
 
 def memory(shrink):
-    policy, count = random_policy((1, 1, 1), 0, 151936), 4096 // shrink**2
-    hidden = torch.randn(count, 128, device=DEVICE, requires_grad=True)
-    targets = torch.randint(1274, (count,), device=DEVICE)
+    policy = random_policy(rows=1, max_prompt_tokens=1, max_tokens=1, vocabulary=151936)
+    num_tokens = 4096 // shrink**2
+    hidden = torch.randn(num_tokens, 128, device=DEVICE, requires_grad=True)
+    targets = torch.randint(1274, (num_tokens,), device=DEVICE)
 
-    def chunks():
-        return spiral.token_logprobs(policy.model, hidden, targets, 1.0)
+    def in_chunks():
+        spiral.token_logprobs(policy.model, hidden, targets, 1.0).sum().backward()
 
-    def whole():
-        return policy.model.lm_head(hidden).log_softmax(-1).gather(-1, targets[:, None])
+    def at_once():
+        logprobs = policy.model.lm_head(hidden).log_softmax(-1)
+        logprobs.gather(-1, targets[:, None]).sum().backward()
 
-    peaks = [peak_bytes(lambda way=way: way().sum().backward()) for way in (chunks, whole)]
-    add("memory", [peaks[1] / peaks[0]], bytes=peaks)
+    ours = peak_bytes(in_chunks)
+    theirs = peak_bytes(at_once)
+    add_row("memory", [theirs / ours], bytes=[ours, theirs])
 
 
-# ---- A GRPO step in TRL and here ----
+# ---- A GRPO step in TRL and here -----------------------------------------------------------------
 
 
 def reward(text):
@@ -296,61 +376,79 @@ def trl_step(model):
 
 
 def our_step(model):
-    """The same here."""
+    """Two steps here, of which the second is reported."""
     config = spiral.Config(model=model, rows=32, max_prompt_tokens=400)
     policy = spiral.load_policy(config)
     optimizer = spiral.make_optimizer(policy.model, config.lr)
     prompts = [policy.tokenizer.chat(text) for text in SUMS]
 
-    def updating(completions):
-        groups = [spiral.Group(*pair) for pair in zip(prompts, completions, strict=True)]
-        for c in sum(completions, []):
-            c.reward = reward(policy.tokenizer.decode(c.tokens))
+    def update_on(completions):
+        groups = []
+        for prompt, of_prompt in zip(prompts, completions, strict=True):
+            for completion in of_prompt:
+                completion.reward = reward(policy.tokenizer.decode(completion.tokens))
+            groups.append(spiral.Group(prompt, of_prompt))
         advantages = spiral.grpo_advantages(spiral.rewards_of(groups))
         spiral.assign_advantages(groups, advantages, 0)
-        spiral.update(policy, optimizer, groups, 4, config)
+        spiral.update(policy, optimizer, groups, len(prompts), config)
 
     for _ in range(2):
-        completions, sampled = clock(spiral.sample, policy, prompts, 64, 1.0, 8)
-        _, updated = clock(updating, completions)
-    copy, matmul = machine_limits()
-    weights = sum(p.numel() for p in policy.model.parameters())
-    lengths = [len(c.tokens) for row in completions for c in row]
+        completions, sampling_seconds = clock(spiral.sample, policy, prompts, 64, 1.0, 8)
+        _, update_seconds = clock(update_on, completions)
+
+    copy_rate, matmul_rate = machine_limits()
+    num_weights = sum(parameter.numel() for parameter in policy.model.parameters())
+    lengths = [len(c.tokens) for of_prompt in completions for c in of_prompt]
+    num_tokens = sum(lengths)
+    sampling_flops = 2 * num_weights * num_tokens / sampling_seconds
+    update_flops = 6 * num_weights * num_tokens / update_seconds
+    sampling_bytes = 4 * num_weights * max(lengths) / sampling_seconds
     return {
-        "seconds": sampled + updated,
-        "sampling": sampled,
-        "tokens": sum(lengths),
-        "update_matmul": 6 * weights * sum(lengths) / updated / matmul,
-        "sampling_matmul": 2 * weights * sum(lengths) / sampled / matmul,
-        "sampling_copy": 4 * weights * max(lengths) / sampled / copy,
+        "seconds": sampling_seconds + update_seconds,
+        "sampling": sampling_seconds,
+        "tokens": num_tokens,
+        "update_matmul": update_flops / matmul_rate,
+        "sampling_matmul": sampling_flops / matmul_rate,
+        "sampling_copy": sampling_bytes / copy_rate,
     }
 
 
-# ---- Command line ----
+# ---- Command line --------------------------------------------------------------------------------
+
+CASES = {"rollout": rollout, "sampling": sampling, "update": update, "memory": memory}
+
+
+def measure_step(args, machine):
+    """Takes one GRPO step, and adds its row to bench_trl.jsonl."""
+    result = our_step(args.model) if args.step == "ours" else trl_step(args.model)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = {"step": args.step, **result, "memory": 1024 * kilobytes, **machine}
+    text = json.dumps(row)
+    print(text)
+    with (args.out / "bench_trl.jsonl").open("a") as file:
+        file.write(text + "\n")
 
 
 def main(arguments=None):
-    cases = {case.__name__: case for case in (rollout, sampling, update, memory)}
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", default=",".join(cases))
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--step", choices=("ours", "trl"))
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="folder of the model, for --step")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(arguments)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if args.step:
-        result = our_step(args.model) if args.step == "ours" else trl_step(args.model)
-        result["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        row = json.dumps({"step": args.step, **result, **machine})
-        print(row)
-        with (args.out / "bench_trl.jsonl").open("a") as file:
-            file.write(row + "\n")
+        measure_step(args, machine)
         return
+
+    suffix = "_quick" if args.quick else ""
     for name in args.cases.split(","):
-        cases[name](8 if args.quick else 1)
+        CASES[name](shrink=8 if args.quick else 1)
         text = json.dumps({"machine": machine, "rows": ROWS}, indent=1)
-        (args.out / f"bench_{DEVICE.type}{'_quick' * args.quick}.json").write_text(text + "\n")
+        (args.out / f"bench_{DEVICE.type}{suffix}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Kills runs at random moments (SIGKILL), and resumes them: results/robustness.json.
+"""Kills runs at random moments (SIGKILL), and resumes them.
 
-    python experiments/robustness.py 100     # so many kills
+    python experiments/robustness.py 100     # so many kills; writes results/robustness.json
 
-Each run ends with the bytes of an undisturbed one: metrics, weights and optimizer.
+Each run has to end with the bytes of an undisturbed one: metrics, weights and optimizer.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -21,48 +22,98 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import spiral  # noqa: E402
 
-RUN = """--task=arithmetic:operations=1 --steps=4 --problems=2 --max_draws=1 --num_traces=4
-    --set_size=2 --num_sets=2 --num_aggregations=2 --save_every=1 --eval_problems=0
-    --train_problems=40 --max_trace_tokens=16 --max_aggregation_tokens=16 --rows=16
-    --max_prompt_tokens=256""".split()
-FILES = ["metrics.jsonl", "step-00004/model.safetensors", "step-00004/optimizer.pt"]
+OPTIONS = [
+    "--task=arithmetic:operations=1",
+    "--steps=4",
+    "--problems=2",
+    "--max-draws=1",
+    "--num-traces=4",
+    "--set-size=2",
+    "--num-sets=2",
+    "--num-aggregations=2",
+    "--save-every=1",
+    "--eval-problems=0",
+    "--train-problems=40",
+    "--max-trace-tokens=16",
+    "--max-aggregation-tokens=16",
+    "--rows=16",
+    "--max-prompt-tokens=256",
+]
+COMPARED_FILES = [
+    "metrics.jsonl",
+    "step-00004/model.safetensors",
+    "step-00004/optimizer.pt",
+]
 
 
-def run(out, seconds=None):
-    """A run in a forked child, which spares the imports; killed after `seconds`."""
-    child = os.fork()
-    if not child:  # with a lock of its own: one that is killed would keep a shared one for ever
+def run_as_child(out):
+    """What the forked process does: it runs spiral.py and exits, whatever happens."""
+    exit_code = 1
+    try:
+        # A lock of its own: a child that is killed would keep a shared one for ever.
         spiral.tqdm.set_lock(threading.RLock())
         sys.stdout = sys.stderr = open(f"{out}.log", "a")
-        os._exit(spiral.main([*RUN, f"--out={out}"]))
-    if seconds is not None:
-        time.sleep(seconds)
+        exit_code = spiral.main([*OPTIONS, f"--out={out}"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def run_in_child(out, kill_after=None):
+    """Runs spiral.py in a forked child, which spares the imports, and kills it after so many
+    seconds. Returns whether it finished."""
+    child = os.fork()
+    if child == 0:
+        run_as_child(out)
+    if kill_after is not None:
+        time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
-    return not os.waitpid(child, 0)[1]
+    _, status = os.waitpid(child, 0)
+    return status == 0
 
 
-def kill(count):
-    torch.set_num_threads(1)  # forked children may compute
-    rng, runs, same, kills = random.Random(0), 0, 0, 0
+def is_same(run, undisturbed):
+    """Whether all compared files are equal to the byte."""
+    for name in COMPARED_FILES:
+        if (run / name).read_bytes() != (undisturbed / name).read_bytes():
+            return False
+    return True
+
+
+def kill_runs(num_kills):
+    """Kills runs until there were so many kills. Returns the counts."""
+    torch.set_num_threads(1)  # forked children may then compute
+    rng = random.Random(0)
+    kills = 0
+    runs = 0
+    same = 0
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
+        undisturbed = Path(folder) / "undisturbed"
         began = time.time()
-        assert run(whole), Path(f"{whole}.log").read_text()
-        length = time.time() - began
-        while kills < count:
-            out = Path(folder) / str(runs)
+        if not run_in_child(undisturbed):
+            raise RuntimeError(Path(f"{undisturbed}.log").read_text())
+        seconds = time.time() - began
+
+        while kills < num_kills:
+            run = Path(folder) / str(runs)
             for _ in range(rng.randint(1, 5)):
-                kills += not run(out, rng.random() * length)
-            assert run(out)
-            equal = [(out / name).read_bytes() == (whole / name).read_bytes() for name in FILES]
-            runs, same = runs + 1, same + all(equal)
+                finished = run_in_child(run, kill_after=rng.random() * seconds)
+                if not finished:
+                    kills += 1
+            if not run_in_child(run):
+                raise RuntimeError(Path(f"{run}.log").read_text())
+            runs += 1
+            if is_same(run, undisturbed):
+                same += 1
             print(f"{kills} kills, {same} of {runs} runs as the undisturbed one")
     return {"kills": kills, "runs": runs, "same": same}
 
 
 def main():
-    text = json.dumps(kill(int(sys.argv[1])))
-    (HERE / "results/robustness.json").write_text(text + "\n")
+    counts = kill_runs(int(sys.argv[1]))
+    (HERE / "results/robustness.json").write_text(json.dumps(counts) + "\n")
 
 
 if __name__ == "__main__":
