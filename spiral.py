@@ -102,7 +102,7 @@ class Config:
 
     algo: Literal["spiral", "grpo"] = "spiral"
     search_credit: Literal["set", "curve", "pass", "trace"] = "set"
-    search_weight: float = 0.2
+    search_weight: float = 0.5
     published: bool = False
     task: str = "countdown"
     data: str = ""
