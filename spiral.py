@@ -21,7 +21,6 @@ Left out on purpose, to keep one idea visible: critic, reward model, KL term, pa
 asynchronous rollouts.
 """
 
-import itertools
 import json
 import math
 import os
@@ -32,7 +31,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
 from functools import partial
 from math import comb
 from pathlib import Path
@@ -102,7 +100,7 @@ class Config:
 
     algo: Literal["spiral", "grpo"] = "spiral"
     search_credit: Literal["set", "curve", "pass", "trace"] = "set"
-    search_weight: float = 0.5
+    search_weight: float = 0.2
     published: bool = False
     task: str = "countdown"
     data: str = ""
@@ -166,6 +164,9 @@ class Config:
 TINY = Path(__file__).resolve().parent / "tiny"
 # Models whose attention is causal and nothing else. Another one: add its type here and to the tests
 PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
+# Some chat templates tell the date, by either of two names. Today's would change overnight
+FIXED_DATE = """{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}
+{%- set date_string = "26 Jul 2024" -%}"""
 
 
 class Tokenizer:
@@ -205,13 +206,11 @@ class Tokenizer:
         """Tokens of a user's message, up to where the answer begins."""
         if not self.hf.chat_template:  # a base model. Some tokenizers end every text with EOS
             return [token for token in self.hf.encode(text) if token != self.hf.eos_token_id]
-        date = datetime(2024, 7, 26)  # some templates tell it. Today's would change overnight
         return self.hf.apply_chat_template(
             [{"role": "user", "content": text}],
+            chat_template=FIXED_DATE + self.hf.get_chat_template(),
             add_generation_prompt=True,
             return_dict=False,
-            date_string=f"{date:%d %b %Y}",
-            strftime_now=date.strftime,
         )
 
 
@@ -339,15 +338,17 @@ def head(model, hidden, temperature):
 
 # ---- Sampler: a prompt is held once, all rows decode together, finished rows make room ----
 
+PREFILL_TOKENS = 16_384  # of prompts that run in one pass
+
 
 @dataclass
 class Completion:
     """A trace or an aggregation. While it is sampled, it is a row of the batch."""
 
-    prompt: int = 0  # which prompt of the call
-    sample: int = 0  # which of the prompt's completions
-    code: float = 0.0  # in [0, 1): what chooses the next token, see draw_tokens()
-    rng: object = field(default=None, compare=False)  # random.Random, for when the code is used up
+    prompt_index: int = 0  # which prompt of the call
+    sample_index: int = 0  # which of the prompt's completions
+    code: float = 0.0  # in [0, 1): chooses the next token, see draw_tokens()
+    rng: object = field(default=None, compare=False)  # random.Random(code): chooses later tokens
     probability: float = 1.0  # of the tokens so far
     tokens: list = field(default_factory=list)  # up to and including EOS
     logprobs: list = field(default_factory=list)  # of the tokens, at the sampling temperature
@@ -385,8 +386,8 @@ class Memory:
     def cut(self, prompt_tokens, new_tokens, num_samples):
         """A Cache with room for as many prompts and all their completions as fit, and for a quarter
         more prompts, since some completions end early. Raises ValueError if none fits."""
-        length = -(-prompt_tokens // 64) * 64  # rounded up: the calls differ less
-        groups = (self.tokens - 2 * length) // (num_samples * new_tokens + 5 * length // 4)
+        length = max(64, round_up(prompt_tokens))  # so that few CUDA graphs serve
+        groups = (self.tokens - length) // (num_samples * new_tokens + 5 * length // 4)
         if groups < 1:
             raise ValueError("memory is too small: raise --sampler-memory or lower token limits")
         layers, _, heads, width = self.shape
@@ -398,7 +399,7 @@ class Memory:
 
 
 def draw_codes(num_samples, generator=None, lattice=False):
-    """The codes of a prompt's completions, [num_samples] fp64 in [0, 1): all of their randomness.
+    """The codes of a prompt's completions, which choose their tokens: [num_samples] fp64 in [0, 1).
 
     Independent uniforms give independent samples. As a lattice they lie at equal distances, shifted
     by one uniform, in random order: each completion alone is still a sample of the policy, but
@@ -414,28 +415,28 @@ def draw_tokens(logits, codes):
     """A token for each row: the one whose slice of the cumulative distribution holds the code.
 
     logits [B, V] fp32, codes [B] fp64 in [0, 1) -> [3, B] fp64: tokens, their log-probs, and the
-    next codes, which say where in its slice each code lay. They are uniform again."""
+    next codes: where in its slice each code lay, from 0 to 1. They are uniform again."""
     logprobs = logits.log_softmax(-1)  # [B, V]
     probs = logprobs.exp()
     cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
-    heights = (codes * cdf[:, -1])[:, None]  # [B, 1]
+    heights = (codes * cdf[:, -1])[:, None]  # [B, 1] places on the distribution
     tokens = torch.searchsorted(cdf, heights, right=True)  # [B, 1]
     tokens.clamp_(max=logits.shape[-1] - 1)
-    upper, width = cdf.gather(-1, tokens), probs.gather(-1, tokens)  # [B, 1]: of the slices
-    next_codes = 1 - (upper - heights) / width
-    next_codes.clamp_(0, 1 - 2**-53)
+    width = probs.gather(-1, tokens)  # [B, 1] of the token's slice
+    below = cdf.gather(-1, tokens) - width  # where it begins
+    next_codes = ((heights - below) / width).clamp(0, 1 - 2**-53)
     return torch.cat([tokens, logprobs.gather(-1, tokens), next_codes], 1).T
 
 
-def prefill(policy, prompts, cache):
-    """Runs prompts (token lists) once, without their last tokens. cache: [layers, 2, U, kv, L, D],
-    where their keys and values go."""
+def prefill(policy, prompts, places):
+    """Runs prompts (token lists) once, without their last tokens. places: [layers, 2, U, kv, L, D],
+    for their keys and values."""
     # A prompt of one token leaves nothing to run. The 0 in its place is masked for all rows
     tokens = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
     tokens = pad_sequence(tokens, batch_first=True).to(policy.model.device)  # [U, L]
 
     def attend(layer, query, key, value):
-        cache[layer, :, : len(prompts), :, : tokens.shape[1]] = torch.stack([key, value])
+        places[layer, :, : len(prompts), :, : tokens.shape[1]] = torch.stack([key, value])
         return causal_attention(query, key, value)  # pads come last, so that no token sees them
 
     hidden_states(policy.model, tokens, attend)
@@ -507,42 +508,46 @@ def round_up(size):
 
 def captured(memory, step, inputs, key):
     """`step` as a CUDA graph, captured once for each key: launching its kernels one by one from
-    Python would take longer than they run."""
-    if key not in memory.graphs and len(memory.graphs) < 128:  # some 20 MB each
+    Python would take longer than they run. From the 128th on it stays as it is: a graph takes some
+    20 MB."""
+    if key not in memory.graphs and len(memory.graphs) < 128:
         examples = tuple(tensor.clone() for tensor in inputs)
         memory.graphs[key] = torch.cuda.make_graphed_callables(step, examples, pool=memory.pool)
     return memory.graphs.get(key, step)
 
 
 def decode(policy, active, held, prompts, cache, temperature):
-    """Adds a token to each row of `active`. held: the prompts in memory, in their places."""
+    """Adds a token to each row of `active`. held: the prompts in the cache, in their places."""
     places = {prompt: place for place, prompt in enumerate(held)}
-    last_tokens = [(row.tokens or prompts[row.prompt])[-1] for row in active]
+    num_samples = cache.num_samples
+    last_tokens = [(row.tokens or prompts[row.prompt_index])[-1] for row in active]
     lengths = [len(row.tokens) for row in active]
-    prompt_lengths = [len(prompts[row.prompt]) - 1 for row in active]
-    slots = [places[row.prompt] * cache.num_samples + row.sample for row in active]
-    # A code has 53 bits, of which each token takes as many as its probability says
-    codes = [row.code if row.probability > 2**-20 else row.rng.random() for row in active]
+    prompt_lengths = [len(prompts[row.prompt_index]) - 1 for row in active]
+    slots = [places[row.prompt_index] * num_samples + row.sample_index for row in active]
+    # A slice thinner than this holds one code of a lattice at most: fresh uniforms are as good, and
+    # free of rounding errors, which each token magnifies by 1 / its probability
+    spread = 1 / num_samples
+    codes = [row.code if row.probability >= spread else row.rng.random() for row in active]
 
     memory = policy.memory
-    sizes = [len(held), max(prompt_lengths), len(active), 1 + max(lengths)]
-    if memory.pool:  # a graph has fixed sizes. One more prompt: a free place
-        sizes = [round_up(size + 1) for size in sizes]
+    sizes = [len(held), max(prompt_lengths), len(active), 1 + max(lengths)]  # in use
+    if memory.pool:  # a CUDA graph has fixed sizes. One more prompt: a free place
+        sizes[0] += 1
+        sizes = [round_up(size) for size in sizes]
     num_prompts, prompt_tokens, num_rows, new_tokens = sizes
     part = Cache(
         cache.prompts[:, :, :num_prompts, :, :prompt_tokens],
         cache.completions[:, :, :num_rows, :, :new_tokens],
-        cache.num_samples,
+        num_samples,
     )
-    # The rows that this adds decode garbage, of the prompt that would be in the free place
-    missing = part.completions.shape[2] - len(active)
-    slots += [part.prompts.shape[2] * cache.num_samples - 1] * missing
-    for values in (last_tokens, lengths, prompt_lengths, codes):
-        values += [0] * missing
 
-    integers = torch.tensor([last_tokens, lengths, prompt_lengths, slots])
-    inputs = [*integers, torch.tensor(codes, dtype=torch.float64)]
-    inputs = [values.to(policy.model.device) for values in inputs]
+    # Rows that the rounding adds decode garbage, of the prompt that would be in the free place
+    padding = 0, part.completions.shape[2] - len(active)
+    integers = F.pad(torch.tensor([last_tokens, lengths, prompt_lengths, slots]), padding)
+    integers[3, len(active) :] = part.prompts.shape[2] * num_samples - 1
+    codes = F.pad(torch.tensor(codes, dtype=torch.float64), padding)
+    device = policy.model.device
+    inputs = [*integers.to(device), codes.to(device)]
     step = partial(decode_step, policy.model, part, temperature)
     if memory.pool:
         views = part.prompts, part.completions
@@ -559,11 +564,12 @@ def decode(policy, active, held, prompts, cache, temperature):
         row.truncated = token not in policy.tokenizer.eos_ids
 
 
-def compact(items, needed, cache):
-    """Drops items not needed: the last one fills each gap, in cache[:, :, items] as well."""
+def compact(items, needed, places):
+    """Drops the items that are not needed. The last one moves into the gap, and what is in
+    places[:, :, index of the item] moves with it."""
     for i in reversed(range(len(items))):
         if not needed[i]:
-            cache[:, :, i] = cache[:, :, len(items) - 1]
+            places[:, :, i] = places[:, :, len(items) - 1]
             items[i] = items[-1]
             items.pop()
 
@@ -574,10 +580,10 @@ def sample(
 ):
     """`num_samples` completions of each prompt (token lists) -> [prompts][num_samples] Completions.
 
-    They don't depend on what else is in the batch, up to the rounding of kernels. codes [prompts,
-    num_samples]: see draw_codes(); by default independent ones. temperature 0 takes the likeliest
-    token. Raises ValueError for an empty prompt, for what memory doesn't hold, and for a policy
-    whose log-probs are nan."""
+    They don't depend on what else is in the batch, up to the rounding of kernels. codes, in place
+    of num_samples and generator: [prompts, samples] of draw_codes(). temperature 0 takes the
+    likeliest token. Raises ValueError for an empty prompt, for what memory doesn't hold, and for a
+    policy whose log-probs are nan."""
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) == 0:
         raise ValueError("sample needs at least one prompt, and a token in each")
@@ -596,10 +602,11 @@ def sample(
     progress = tqdm(total=codes.numel(), desc="sampling", delay=5, leave=False, disable=None)
     while waiting or active:
         room = min((most_rows - len(active)) // num_samples, most_prompts - len(held))
-        if waiting and 4 * num_samples * room >= most_rows:  # else it waits: small batches are slow
-            # All are padded to the length of the first, and run at once: some 16,384 tokens
-            room = min(room, 1 + 16_384 // lengths[waiting[0]])
-            new, waiting = waiting[:room], waiting[room:]
+        enough_room = num_samples * room >= most_rows / 4  # to prefill few prompts is slow
+        if waiting and enough_room:
+            # All are padded to the length of the first, and run in one pass
+            count = min(room, 1 + PREFILL_TOKENS // lengths[waiting[0]])
+            new, waiting = waiting[:count], waiting[count:]
             prefill(policy, [prompts[i] for i in new], cache.prompts[:, :, len(held) :])
             held += new
             for i in new:
@@ -610,7 +617,7 @@ def sample(
         unfinished = [row.truncated and len(row.tokens) < max_new_tokens for row in active]
         progress.update(unfinished.count(False))
         compact(active, unfinished, cache.completions)
-        needed = {row.prompt for row in active}
+        needed = {row.prompt_index for row in active}
         compact(held, [i in needed for i in held], cache.prompts)
     progress.close()
     return results
@@ -629,14 +636,15 @@ AGGREGATE = (
 def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
     """`num_sets` distinct sets of `set_size` distinct traces -> LongTensor [K, n], each in random
     order. If balanced, each trace is in K n / N1 of them. Raises ValueError if there are none."""
-    number = comb(num_traces, set_size)
-    if not num_sets <= number <= 10**6:
-        raise ValueError(f"--num-sets: {num_sets}, of {number} possible ones (at most a million)")
+    if num_sets > comb(num_traces, set_size):
+        raise ValueError(f"--num-sets: {num_traces} traces have not so many sets of {set_size}")
     if balanced and num_sets * set_size % num_traces:
         raise ValueError("--num-sets * --set-size is no multiple of --num-traces: --no-balanced?")
-    subsets = list(itertools.combinations(range(num_traces), set_size))
-    chosen = torch.randperm(number, generator=generator)[:num_sets]
-    sets = [set(subsets[i]) for i in chosen]
+    sets = []
+    while len(sets) < num_sets:
+        members = set(torch.randperm(num_traces, generator=generator)[:set_size].tolist())
+        if members not in sets:
+            sets.append(members)
     if balanced:
         balance(sets, num_traces, generator)
 
@@ -653,11 +661,12 @@ def balance(sets, num_traces, generator):
         uses = torch.tensor([sum(j in members for members in sets) for j in range(num_traces)])
         if uses.max() == uses.min():
             return
-        most, least = {int((uses + noise).argmax())}, {int((uses - noise).argmin())}
-        for i, members in enumerate(sets):  # which are in random order
-            exchanged = members - most | least
-            if most <= members and not least <= members and exchanged not in sets:
-                sets[i] = exchanged
+        most = int((uses + noise).argmax())
+        least = int((uses - noise).argmin())
+        for number, members in enumerate(sets):  # which are in random order
+            exchanged = members - {most} | {least}
+            if most in members and least not in members and exchanged not in sets:
+                sets[number] = exchanged
                 break
 
 
@@ -723,12 +732,13 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
 
 
 def aggregation_advantages(rewards, published=False):
-    """b_km = (r_km - mean_{m' != m} r_km') / (K N2): a problem's rewards [K, N2] -> [K, N2]. The
-    baseline is the set's other answers. published: r_km - mean_m r_km, its own among them."""
+    """b_km = (r_km - mean_{m' != m} r_km') / (K N2), rewards and result [P, K, N2]. The baseline is
+    the set's other answers. published: r_km - mean_m r_km, its own among them."""
     if published:
-        return rewards - rewards.mean(1, keepdim=True)
-    others_mean = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return (rewards - others_mean) / rewards.numel()
+        return rewards - rewards.mean(-1, keepdim=True)
+    num_sets, num_aggregations = rewards.shape[1:]
+    others_mean = (rewards.sum(-1, keepdim=True) - rewards) / (num_aggregations - 1)
+    return (rewards - others_mean) / (num_sets * num_aggregations)
 
 
 def grpo_advantages(rewards):
@@ -760,16 +770,18 @@ def micro_batches(groups, budget):
         for completion in group.completions:
             if completion.advantage == 0:
                 continue
-            cost = len(completion.tokens)
-            if batch and size + cost + (len(group.prompt) if current is None else 0) > budget:
+            needed = len(completion.tokens)
+            if current is None:
+                needed += len(group.prompt)
+            if batch and size + needed > budget:
                 yield batch
                 batch, size, current = [], 0, None
+                needed = len(group.prompt) + len(completion.tokens)
             if current is None:
                 current = Group(group.prompt, [])
                 batch.append(current)
-                size += len(group.prompt)
             current.completions.append(completion)
-            size += cost
+            size += needed
     if batch:
         yield batch
 
@@ -856,7 +868,7 @@ def make_optimizer(model, lr, folder=None):
         masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0, foreach=False
     )
 
-    def add_to_master(parameter):  # when a micro-batch has its gradient, which is then dropped
+    def add_to_master(parameter):  # when a micro-batch has its gradient: so the sum is in fp32
         masters[parameter].grad += parameter.grad
         parameter.grad = None
 
@@ -877,29 +889,29 @@ def make_optimizer(model, lr, folder=None):
 
 
 def update(policy, optimizer, groups, num_problems, config):
-    """One optimizer step on the estimate's mean over num_problems: so the
-    gradient doesn't depend on micro-batches. No step if loss or gradient isn't finite."""
+    """One optimizer step on the sum of all completions over num_problems: so the gradient doesn't
+    depend on micro-batches. No step if loss or gradient isn't finite."""
     masters = optimizer.param_groups[0]["params"]
     for master in masters:
         master.grad = torch.zeros_like(master)
-    sums = torch.zeros(3)  # loss, distance from the sampler's log-probs, tokens
+    total_loss, distance, tokens = 0.0, 0.0, 0  # distance: from the sampler's log-probs
     for batch in micro_batches(groups, config.micro_batch_tokens):
         logprobs, old_logprobs, advantages = completion_logprobs(
             policy.model, batch, config.temperature
         )
         loss = policy_loss(logprobs, old_logprobs, advantages, config.clip) / num_problems
         loss.backward()
-        distance = (logprobs.detach() - old_logprobs).abs().sum()
-        sums += torch.tensor([loss.item(), distance.item(), len(old_logprobs)])
+        total_loss += loss.item()
+        distance += (logprobs.detach() - old_logprobs).abs().sum().item()
+        tokens += len(old_logprobs)
 
-    loss, distance, tokens = sums.tolist()
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
-    finite = math.isfinite(norm + loss)
+    finite = math.isfinite(norm + total_loss)
     if finite and tokens:
         optimizer.step()
     optimizer.zero_grad()
     return {
-        "loss": loss,
+        "loss": total_loss,
         "grad_norm": norm,
         "logprob_difference": distance / max(tokens, 1),
         "skipped": not finite,
@@ -975,18 +987,6 @@ def assign_advantages(groups, advantages, target_length):
         completion.advantage = min(advantage, 0.0) if too_long else advantage
 
 
-def search_credit(groups, sets, config):
-    """a_j [P, N1] of the traces of P groups, by config.search_credit. sets: [P, K, n]."""
-    if config.search_credit == "set":
-        rewards = torch.stack([rewards_of(group.aggregations) for group in groups])  # [P, K, N2]
-        return search_advantages(
-            rewards, sets, config.num_traces, balanced=config.balanced, published=config.published
-        )
-    from experiments import credits  # which ask the verifier about traces: not the paper's
-
-    return credits.verified_credit(groups, config.search_credit, config.set_size)
-
-
 def rollout(policy, task, problems, config, generators):
     """The whole pipeline on P problems, each with its own generator -> P Groups of traces, with
     their aggregations, and advantages."""
@@ -1007,11 +1007,19 @@ def rollout(policy, task, problems, config, generators):
     sets = torch.stack(sets)  # [P, K, n]
     aggregate(policy, task, groups, sets, config, config.num_aggregations, generators)
 
-    credit = config.search_weight * search_credit(groups, sets, config)  # [P, N1]
-    assign_advantages(groups, credit, config.target_length)
-    for group in groups:
-        advantages = aggregation_advantages(rewards_of(group.aggregations), config.published)
-        assign_advantages(group.aggregations, advantages, config.target_length)  # [K, N2]
+    rewards = torch.stack([rewards_of(group.aggregations) for group in groups])  # [P, K, N2]
+
+    if config.search_credit == "set":
+        credit = search_advantages(  # [P, N1]
+            rewards, sets, num_traces, balanced=config.balanced, published=config.published
+        )
+    else:  # not the paper's: it asks the verifier about traces
+        from experiments import credits
+
+        credit = credits.verified_credit(groups, config.search_credit, config.set_size)
+    assign_advantages(groups, config.search_weight * credit, config.target_length)
+    advantages = aggregation_advantages(rewards, config.published)
+    assign_advantages(aggregations_of(groups), advantages, config.target_length)
     return groups
 
 
@@ -1281,7 +1289,8 @@ def train(task, config, out):
         return 128 + number
 
     name, rows = f"step {state['step']}", evaluation_rows(out)
-    if any(row["policy"] == name for row in rows):  # a finished run, called again
+    finished = [row for row in rows if row["problems"] == rows[0]["problems"]]
+    if name in [row["policy"] for row in finished]:  # a finished run, called again
         print_table(rows)
     else:
         report(policy, task, config, out, name)
@@ -1311,9 +1320,13 @@ def parse_config(arguments=None):
 
 def run(config):
     """Training, evaluation or an answer, as the config says. Returns the exit code."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("this file runs in one process, on one GPU: start it without torchrun")
     task = tasks.make_task(config.task, config.data)
     name = config.algo if config.steps else "evaluation"
     out = Path(config.out or f"runs/{name}-{config.task.partition(':')[0]}-{config.seed}")
+    if not str(out).isprintable():  # what isn't in the encoding comes as half a character
+        raise ValueError(f"--out {ascii(str(out))}: set PYTHONUTF8=1")
     if config.ask:
         from experiments import show
 

@@ -5,8 +5,9 @@ from collections import Counter
 
 
 def votes(task, history):
-    """Prints the populations of one problem, [steps + 1][1] Groups of run_pipeline(): votes, and
-    the text of the first completion with the answer that wins. Returns that answer, or None."""
+    """Prints the votes of one problem's populations, and the text of the first completion with the
+    answer that wins. history: [steps + 1][1] Groups of recursive_self_aggregation(). Returns the
+    answer, or None."""
     for step, (group,) in enumerate(history):
         answers = [task.answer(completion.text) for completion in group.completions]
         counts = Counter()
