@@ -165,8 +165,10 @@ TINY = Path(__file__).resolve().parent / "tiny"
 # Models whose attention is causal and nothing else. Another one: add its type here and to the tests
 PLAIN = "gpt2 gpt_neox llama mistral phi qwen2 qwen3".split()
 # Some chat templates tell the date, by either of two names. Today's would change overnight
-FIXED_DATE = """{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}
-{%- set date_string = "26 Jul 2024" -%}"""
+FIXED_DATE = (
+    "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+    "{% set date_string = '26 Jul 2024' %}\n"
+)
 
 
 class Tokenizer:
@@ -192,8 +194,9 @@ class Tokenizer:
                 self.markers.append(kind.content)
 
         # What the template writes after a message ends a turn: <|im_end|> in Qwen's
-        after_message = self.encode(shown.partition("MESSAGE")[2].strip())[:1]
-        self.eos_ids = {self.hf.eos_token_id} | (added.keys() & after_message)
+        rest = shown.partition("MESSAGE")[2].strip()
+        end_of_turn = added.keys() & self.encode(rest)[:1]
+        self.eos_ids = {self.hf.eos_token_id} | end_of_turn
 
     def encode(self, text):
         return self.hf.encode(text, add_special_tokens=False)
@@ -300,8 +303,11 @@ def load_model(path, config, is_adapter):
     elif model.num_parameters() < 20e6:
         torch.set_num_threads(1)  # more would wait for each other longer than they compute
     if config.gradient_checkpointing:
-        # Without the random state, which nothing here needs, a CUDA graph can be captured
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        # From 5.23 on transformers has a new name for it. Without the random state, which nothing
+        # here needs, sampling can be captured as a CUDA graph
+        old_enable = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", old_enable)
+        enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
     return model
@@ -684,18 +690,18 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     limit) the longest lose their beginnings. Raises ValueError if the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     bodies = [tokenizer.encode(text) for text in texts]
-    longest = max(len(body) for body in bodies)  # tokens that a candidate may have
-    while longest >= 0:
+    longest = 1 + max(len(body) for body in bodies)  # tokens that a candidate may have
+    while longest > 0:
         message = prompt
         for number, (text, body) in enumerate(zip(texts, bodies), 1):
             if len(body) > longest:
-                text = tokenizer.decode(body[-longest:])
+                text = tokenizer.decode(body[len(body) - longest :])
             message += CANDIDATE.format(number) + text + CANDIDATE_END
         tokens = tokenizer.chat(message + AGGREGATE)
         excess = len(tokens) - max_tokens
         if max_tokens == 0 or excess <= 0:
             return tokens
-        longest -= 1 + excess // (2 * len(bodies))
+        longest -= 1 + excess // (2 * len(bodies))  # half of the way, since not all are cut
     raise ValueError(f"no room for candidates in {max_tokens} tokens: raise --max-prompt-tokens")
 
 
@@ -1253,7 +1259,8 @@ def take_steps(policy, optimizer, task, problems, state, config, out):
     while state["step"] < config.steps and not received:
         stats, groups = train_step(policy, optimizer, task, problems, state, config)
         step = state["step"]
-        for note in show.notes(stats, state.setdefault("first_reward", stats["search"]["reward"])):
+        first_reward = state.setdefault("first_reward", stats["search"]["reward"])
+        for note in show.notes(stats, first_reward):
             print(f"  note: {note}")
         if metrics.seek(0, os.SEEK_END) != state["metrics_bytes"]:
             raise ValueError(f"another run writes into {out}")
@@ -1267,7 +1274,7 @@ def take_steps(policy, optimizer, task, problems, state, config, out):
             report(policy, task, config, out, f"step {step}")
     signal(SIGINT, default_int_handler)
     signal(SIGTERM, SIG_DFL)
-    return max(received, default=0)
+    return received[0] if received else 0
 
 
 def train(task, config, out):
@@ -1289,8 +1296,8 @@ def train(task, config, out):
         return 128 + number
 
     name, rows = f"step {state['step']}", evaluation_rows(out)
-    finished = [row for row in rows if row["problems"] == rows[0]["problems"]]
-    if name in [row["policy"] for row in finished]:  # a finished run, called again
+    whole = [row["policy"] for row in rows if row["problems"] == rows[0]["problems"]]
+    if name in whole:  # a finished run, called again
         print_table(rows)
     else:
         report(policy, task, config, out, name)
@@ -1320,7 +1327,7 @@ def parse_config(arguments=None):
 
 def run(config):
     """Training, evaluation or an answer, as the config says. Returns the exit code."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("this file runs in one process, on one GPU: start it without torchrun")
     task = tasks.make_task(config.task, config.data)
     name = config.algo if config.steps else "evaluation"
