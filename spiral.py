@@ -187,10 +187,10 @@ class Tokenizer:
             raise ValueError(f"{path}: the chat template leaves out the message")
 
         added = self.hf.added_tokens_decoder  # {token: its text, and whether it is special}
-        bracketed = re.compile(r"[<[|].*[]>|]")  # of which DeepSeek's <|User|> isn't special
         self.markers = []
         for kind in added.values():
-            if kind.special or bracketed.search(kind.content):
+            # What is in brackets needn't be special: DeepSeek's <|User|> isn't
+            if kind.special or re.search(r"[<[|].*[]>|]", kind.content):
                 self.markers.append(kind.content)
 
         # What the template writes after a message ends a turn: <|im_end|> in Qwen's
@@ -264,8 +264,8 @@ def check_architecture(settings, path, config):
     if rope.get("rope_type") in ("longrope", "dynamic"):
         raise ValueError(f"{path}: its positions depend on the length of the batch ({rope})")
     new_tokens = max(config.max_trace_tokens, config.max_aggregation_tokens)
-    if config.max_prompt_tokens + new_tokens > settings.max_position_embeddings:
-        most = settings.max_position_embeddings
+    most = settings.max_position_embeddings
+    if config.max_prompt_tokens + new_tokens > most:
         raise ValueError(f"{path}: a prompt and a completion may exceed its {most} tokens")
 
 
@@ -383,9 +383,9 @@ class Memory:
         heads = getattr(settings, "num_key_value_heads", query_heads)
         width = getattr(settings, "head_dim", settings.hidden_size // query_heads)
         self.shape = settings.num_hidden_layers, 2, heads, width  # of what a token has
-        self.tokens = int(gigabytes * 1e9) // (math.prod(self.shape) * model.dtype.itemsize)
-        numbers = self.tokens * math.prod(self.shape)
-        self.block = torch.zeros(numbers, dtype=model.dtype, device=model.device)
+        numbers = math.prod(self.shape)
+        self.tokens = int(gigabytes * 1e9) // (numbers * model.dtype.itemsize)
+        self.block = torch.zeros(self.tokens * numbers, dtype=model.dtype, device=model.device)
         self.graphs = {}  # CUDA graphs, see captured()
         self.pool = torch.cuda.graph_pool_handle() if self.block.is_cuda else None
 
@@ -427,7 +427,7 @@ def draw_tokens(logits, codes):
     cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
     heights = (codes * cdf[:, -1])[:, None]  # [B, 1] places on the distribution
     tokens = torch.searchsorted(cdf, heights, right=True)  # [B, 1]
-    tokens.clamp_(max=logits.shape[-1] - 1)
+    tokens.clamp_(max=cdf.shape[1] - 1)
     width = probs.gather(-1, tokens)  # [B, 1] of the token's slice
     below = cdf.gather(-1, tokens) - width  # where it begins
     next_codes = ((heights - below) / width).clamp(0, 1 - 2**-53)
@@ -602,7 +602,8 @@ def sample(
         results.append(rows)
 
     cache = policy.memory.cut(max(lengths), max_new_tokens, num_samples)
-    most_prompts, most_rows = cache.prompts.shape[2] - 1, cache.completions.shape[2]
+    most_prompts = cache.prompts.shape[2] - 1  # see captured()
+    most_rows = cache.completions.shape[2]
     waiting = sorted(range(len(prompts)), key=lambda i: -lengths[i])  # the longest go first
     active, held = [], []  # rows; prompts in memory
     progress = tqdm(total=codes.numel(), desc="sampling", delay=5, leave=False, disable=None)
@@ -1103,10 +1104,10 @@ def recursive_self_aggregation(policy, task, problems, config, seeds):
         ]
         sets = [order[:, : config.set_size] for order in orders]
         aggregate(policy, task, groups, sets, config, 1, generators)
-        populations = []
+        history.append([])
         for group in groups:
-            populations.append(Group([], completions_of(group.aggregations), group.problem))
-        history.append(populations)
+            members = completions_of(group.aggregations)
+            history[-1].append(Group([], members, group.problem))
     return history
 
 
