@@ -60,6 +60,7 @@ class Reader:
     def __init__(self, tokens):
         self.tokens = split_letters(tokens)
         self.position = 0
+        self.open_bars = 0  # of |x|: the next bar closes it
 
     def peek(self, ahead=0):
         """The text of a token; "" behind the last one."""
@@ -140,7 +141,7 @@ class Reader:
     def starts_factor(self):
         text, kind = self.peek(), self.kind()
         if kind == "mark":
-            return text in ("(", "[", "{")
+            return text in ("(", "[", "{") or (text == "|" and self.open_bars == 0)
         return kind in ("number", "letters", "command") and text not in ENDINGS
 
     def mixed_number(self):
@@ -206,7 +207,9 @@ class Reader:
         return self.command(text.strip("\\"))
 
     def absolute_value(self):
+        self.open_bars += 1
         inside = self.sum()
+        self.open_bars -= 1
         if not self.skip("|"):
             raise Unreadable("a bar stays open")
         return f"|{inside}|"

@@ -98,7 +98,7 @@ ALL_REALS = SetOperation("reals", ())
 EMPTY = Items((), "{}")
 SHORT_WORDS = set(Path(__file__).with_name("words.txt").read_text("utf-8").split())
 FILLERS = set("exactly precisely about approximately approx roughly around answer final".split())
-ARTICLES = {"a", "an", "the"}
+ARTICLES = {"a", "an", "An", "the", "The"}
 LABELS = {"option", "choice"}
 LETTERS_OF_CHOICES = set("ABCDEFGHIJ")
 BETWEEN_ITEMS = (",", ";", "and", "or", "\\or", "\\and")
@@ -110,6 +110,7 @@ NUMERALS = "two three four five six seven eight nine ten eleven twelve".split()
 BASES = {word: base for base, word in enumerate(NUMERALS, 2)} | {"sixteen": 16, "binary": 2}
 SPECIAL = ("\\sum", "\\prod", "\\int", "\\lim", "\\iint", "\\oint", "\\bigcup", "\\bmod", "\\pmod")
 REALS = ("all real numbers", "all reals", "real numbers", "all real x", "all real values")
+DEGREE = find_unit("degree")
 FUNCTION_NAMES = {"\\" + name for name in "sin cos tan cot sec csc log ln max min det".split()}
 
 
@@ -160,20 +161,20 @@ def without_decoration(tokens):
             tokens = tokens[1:]
         elif first.text == "{" and closing(tokens, 0) == len(tokens) - 1:
             tokens = tokens[1:-1]
+        elif [token.text.lower() for token in tokens[:2]] == ["answer", "is"]:
+            tokens = tokens[2:]
         elif first.text.lower() in FILLERS and len(tokens) > 1:
             tokens = tokens[1:]
         elif is_article(tokens):
             tokens = tokens[1:]
-        elif [token.text for token in tokens[:2]] == ["answer", "is"]:
-            tokens = tokens[2:]
         else:
             return tokens
     raise Unreadable("nothing is left")
 
 
 def is_article(tokens):
-    """the answer, an ellipse; but the a of ab and of a + b is a variable."""
-    if tokens[0].text.lower() not in ARTICLES or len(tokens) == 1:
+    """the answer, an ellipse; but not the a of a + b, and not the A of A and B."""
+    if tokens[0].text not in ARTICLES or len(tokens) == 1 or tokens[1].text in BETWEEN_ITEMS:
         return False
     return tokens[1].kind == "letters" and len(tokens[1].text) > 2
 
@@ -269,7 +270,9 @@ def read_group(tokens):
             return read_answer(conditions[1])
     parts = split(inside, ",", ";")
     if len(parts) == 1:
-        return read_answer(inside)
+        node = read_answer(inside)
+        is_value = isinstance(node, Number | Formula | Quantity | Words)
+        return node if is_value or brackets != "{}" or is_several(node) else Items((node,), "{}")
     nodes = [read_or_keep(part) for part in parts]
     return Items(tuple(flat(nodes) if brackets == "{}" else nodes), brackets)
 
@@ -278,9 +281,12 @@ def flat(nodes):
     """The nodes, and in place of a \\pm b two of them."""
     result = []
     for node in nodes:
-        several = isinstance(node, Items) and node.brackets == ""
-        result += node.items if several else [node]
+        result += node.items if is_several(node) else [node]
     return result
+
+
+def is_several(node):
+    return isinstance(node, Items) and node.brackets == ""
 
 
 def is_group(tokens):
@@ -328,6 +334,8 @@ def read_equation(sides):
             sides = sides[::-1]
     values = [read_value(side) for side in sides[1:]]
     value = values[0] if len(values) == 1 else Chain(tuple(values))
+    if len(sides) == 2 and has_letters(sides[1]) and not has_letters(sides[0]):
+        return Relation("=", read_value(sides[1]), read_value(sides[0]))
     name = read_name(sides[0])
     if name:
         return Named(name, value, formula_or_nothing(sides[0]))
@@ -503,8 +511,8 @@ def read_cut(tokens, cut):
         node = read_plain(value)
     except Unreadable:
         return None
-    if isinstance(node, Words):
-        return None
+    if isinstance(node, Words) or (unit == DEGREE and FUNCTION_NAMES & {x.text for x in value}):
+        return None  # \sin 30^\circ is no angle
     written_as_variables = not first.upright and first.kind == "letters"
     if written_as_variables and has_letters(value):
         return None
@@ -589,9 +597,8 @@ def read_number(tokens):
     while tokens and tokens[0].text in ("+", "-"):
         sign = -sign if tokens[0].text == "-" else sign
         tokens = tokens[1:]
-    texts = [token.text for token in tokens]
-    if texts[:2] == ["Fraction", "("] and len(texts) == 6 and texts[3] == ",":
-        tokens = [tokens[2], Token("mark", "/"), tokens[4]]
+    if len(tokens) > 4 and tokens[0].text == "Fraction" and is_group(tokens[1:]):
+        tokens = [Token("mark", "/") if x.text == "," else x for x in tokens[2:-1]]
     scale = 1
     while len(tokens) > 1 and tokens[-1].text.lower() in SCALES:
         scale *= SCALES[tokens[-1].text.lower()]

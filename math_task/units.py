@@ -88,14 +88,21 @@ UNITS = read_units()
 def find_unit(word):
     """The Unit of a word, its plural understood, or None."""
     for spelling in (word, word.lower() if len(word) > 3 else word):
-        if spelling in UNITS:
-            return UNITS[spelling]
-        if len(spelling) < 4 or not spelling.endswith("s"):
-            continue
-        for singular in (spelling[:-1], spelling[:-2], spelling[:-3] + "y"):
-            if singular in UNITS:
-                return UNITS[singular]
+        for form in (spelling, *singulars(spelling)):
+            if form in UNITS:
+                return UNITS[form]
     return None
+
+
+def singulars(word):
+    """apples: apple, boxes: box, babies: baby; but tenths is no tent."""
+    if len(word) < 4 or not word.endswith("s"):
+        return []
+    if word.endswith("ies"):
+        return [word[:-1], word[:-3] + "y"]
+    if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
+        return [word[:-1], word[:-2]]
+    return [word[:-1]]
 
 
 class UnitReader:
@@ -148,13 +155,16 @@ class UnitReader:
             end = closing(self.tokens, self.position - 1)
             inside = UnitReader(self.tokens[self.position : end])
             self.position = end + 1
-            return inside.read()
+            unit = inside.read()
+            self.certain += inside.certain
+            self.read_so_far += inside.read_so_far
+            return unit
         if token.text == "\\frac":
             above, self.position = argument(self.tokens, self.position)
             below, self.position = argument(self.tokens, self.position)
             return UnitReader(above).read().times(UnitReader(below).read(), -1)
         text = token.text.strip("\\").replace("Omega", "Ω")
-        if text == "degree" and self.peek() in ("C", "F", "Celsius", "Fahrenheit"):
+        if text in ("degree", "degrees") and self.peek() in ("C", "F", "Celsius", "Fahrenheit"):
             text = "°" + self.peek()[0]
             self.position += 1
         if token.text == "\\mu" and self.position < len(self.tokens):

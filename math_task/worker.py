@@ -114,14 +114,19 @@ class Library:
 
     def equal(self, left, right, *tolerances):
         difference = (left - right).doit()
-        return all(entry.equals(0) for entry in self.sympy.Matrix([difference]))
+        return all(self.is_zero(entry) for entry in self.sympy.Matrix([difference]))
+
+    def is_zero(self, value):
+        verdict = value.equals(0)
+        return bool(self.sympy.simplify(value).is_zero if verdict is None else verdict)
 
     def same(self, gold, answer):
         """Whether two formulas are equal, whatever their variables are."""
-        return self.verify(self.parse(gold), self.parse(answer), timeout_seconds=None)
+        return self.equal(self.parse(gold), self.parse(answer))
 
     def same_as_written(self, gold, answer):
-        return self.same(gold, answer)
+        """Whether sums, integrals or matrices are, by math-verify's own rules."""
+        return self.verify(self.parse(gold), self.parse(answer), timeout_seconds=None)
 
     def near(self, latex, value):
         """Whether a decimal may stand for this constant: within five percent."""
@@ -145,9 +150,11 @@ class Library:
 
     def set_of(self, node):
         """The set of real numbers that a node stands for."""
-        from .parse import Between, Relation, SetOperation
+        from .parse import Between, Formula, Number, Relation, SetOperation
 
         sympy = self.sympy
+        if isinstance(node, Number | Formula):
+            return sympy.FiniteSet(self.constant(node))
         if isinstance(node, Between):
             return self.set_of(node.interval)
         if isinstance(node, Relation):
