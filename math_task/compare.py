@@ -2,7 +2,7 @@
 isn't here says no. `library` decides on formulas: see the class Library in worker.py."""
 
 import re
-from dataclasses import replace
+
 from fractions import Fraction
 
 from .expression import write_fraction
@@ -65,8 +65,14 @@ def agree_approximated(gold, answer, library):
         return False
     if agree(gold, answer.exact, library):
         return True
-    is_decimal = isinstance(gold, Number) and gold.value.denominator != 1
-    return is_decimal and gold == answer.decimal
+    return is_decimal(gold) and gold == answer.decimal
+
+
+def is_decimal(node):
+    """2.5, but neither 2 nor 1/3."""
+    if not isinstance(node, Number) or node.value.denominator == 1:
+        return False
+    return 10**200 % node.value.denominator == 0
 
 
 def is_near(answer, library):
@@ -157,7 +163,7 @@ def agree_percent(percents, bare, library):
     as_part = scaled(percents, Fraction(1, 100))
     if isinstance(bare, Number) and isinstance(percents, Number):
         if bare.value == percents.value:
-            return abs(bare.value) >= 1 or bare.value == 0
+            return abs(bare.value) > 1 or bare.value == 0
         is_part = bare.value.denominator != 1 or bare.value == 1
         return is_part and bare == as_part
     if as_part is None:
@@ -197,7 +203,10 @@ def same_relation(gold, answer, library):
 
 
 def is_value_of_letters(gold, answer):
-    """a + b = 5 is 5, if the gold is a number; but 2x = 5 is an equation, as is x + y = 0."""
+    """a + b = 5 is 5, if the gold is a number; but 2x = 5 is an equation, as is x + y = 0.
+    \\int 2x dx = x^2 is x^2."""
+    if isinstance(answer.left, Special):
+        return "\\begin" not in answer.left.latex
     names = set(re.findall(r"\\mathrm\{[^{}]*\}", write(answer.left)))
     constant = write(gold)
     if isinstance(gold, Quantity):

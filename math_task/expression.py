@@ -176,9 +176,9 @@ class Reader:
         while True:
             if self.peek() == "!" and self.peek(1) != "!":
                 self.take()
-                base = f"{wrap(base)}!"
+                base = f"{wrap(of_limited_size(base))}!"
             elif self.skip("^"):
-                base = f"{wrap(base)}^{{{self.argument()}}}"
+                base = f"{wrap(base)}^{{{of_limited_size(self.argument())}}}"
             elif self.skip("\\degree"):
                 base = f"({base}*\\frac{{\\pi}}{{180}})"
             elif self.skip("%"):
@@ -294,10 +294,19 @@ class Reader:
         if text == "C" and subscript and self.peek() == "^":
             return self.binomial(subscript)
         full = text + "_" * bool(subscript) + subscript + primes
+        if full == "C" and self.peek() == "(":
+            return self.called_binomial()
         if self.peek() == "(" and text in FUNCTION_LETTERS:
             return name(f"{full}({plain_text(self.group())})")
         constants = {"e": "e", "i": "I"}
         return constants.get(full, name(full))
+
+    def called_binomial(self):
+        """C(10, 3); of C(x) a product."""
+        arguments = [read_tokens(part) for part in split(self.group(), ",")]
+        if len(arguments) == 2:
+            return f"\\binom{{{arguments[0]}}}{{{arguments[1]}}}"
+        return multiply([name("C"), wrap(arguments[0])])
 
     def binomial(self, below):
         """C_{10}^{3}, which is \\binom{10}{3}."""
@@ -315,6 +324,13 @@ ENDINGS = {"\\div", "\\rfloor", "\\rceil", "\\degree"}
 
 def multiply(factors):
     return factors[0] if len(factors) == 1 else "*".join(sorted(factors))
+
+
+def of_limited_size(latex):
+    """An exponent, or what a factorial is of: up to 10,000 where it is a number."""
+    if latex.lstrip("-").isdigit() and abs(int(latex)) > 10_000:
+        raise Unreadable("a number is too large")
+    return latex
 
 
 def wrap(latex):

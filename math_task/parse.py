@@ -254,8 +254,10 @@ def read_list(tokens, parts):
 
 
 def is_word(node):
-    """Words, and points like A, B, C."""
-    return isinstance(node, Words) or (isinstance(node, Formula) and node.letters.isupper())
+    """Words, choices, and points like A, B, C."""
+    return isinstance(node, Words | Choice) or (
+        isinstance(node, Formula) and node.letters.isupper()
+    )
 
 
 def read_group(tokens):
@@ -349,7 +351,10 @@ def read_approximation(sides):
     """x \\approx 3.14 gives x a value; \\sqrt2 \\approx 1.41 stays \\sqrt2."""
     decimal = read_value(sides[-1])
     if len(sides) == 2 and not read_name(sides[0]):
-        return Approximated(read_value(sides[0]), decimal)
+        exact = read_value(sides[0])
+        if isinstance(decimal, Quantity) and not isinstance(exact, Quantity):
+            return Quantity(Approximated(exact, decimal.value), decimal.unit)
+        return Approximated(exact, decimal)
     if len(sides) == 2:
         return Named(read_name(sides[0]), decimal)
     node = read_equation(sides[:-1])
@@ -390,7 +395,11 @@ def read_name(tokens):
     if texts[0].strip("\\") in ("angle", "triangle", "measuredangle"):
         return plain_text(tokens)
     if texts[0] in FUNCTION_NAMES and len(tokens) > 1:
+        return plain_text(tokens) if has_letters(tokens) else ""
+    if texts[0] == "(" and "\\circ" in texts and texts[-1] == ")":
         return plain_text(tokens)
+    if texts[0] == "[" and texts[-1] == "]":
+        return plain_text(tokens) if tokens[1].kind == "letters" and len(tokens) == 3 else ""
     if all(token.kind == "letters" and is_name_word(token) for token in tokens):
         return " ".join(fold(text) for text in texts)
     return plain_text(tokens) if is_decorated_letter(tokens) else ""
@@ -416,7 +425,7 @@ def is_decorated_letter(tokens):
     elif first.kind == "letters":
         if len(first.text) > 1 and not first.upright:
             return False
-    elif first.text.strip("\\") not in GREEK:
+    elif first.text.strip("\\") not in (*GREEK, "mathbbE", "mathbbP"):
         return False
     while i < len(tokens):
         text = tokens[i].text
@@ -428,7 +437,7 @@ def is_decorated_letter(tokens):
             exponent, i = argument(tokens, i + 1)
             if plain_text(exponent) not in ("-1", "'", "''", "*", "+", "-", "prime", "circ"):
                 return False
-        elif text == "(":
+        elif text in ("(", "["):
             i = closing(tokens, i) + 1
         else:
             return False
@@ -674,6 +683,8 @@ def read_in_base(tokens):
         i = texts.index("_")
         base, end = argument(tokens, i + 1)
     elif "base" in texts:
+        tokens = [token for token in tokens if token.text not in ("(", ")", "in")]
+        texts = [token.text for token in tokens]
         i = texts.index("base")
         base, end = tokens[i + 1 :], len(tokens)
     else:

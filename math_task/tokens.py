@@ -45,7 +45,9 @@ SEPARATOR = r"(?:\{,\}|,\\!\s*|,|\\,|\\!|\\\ |[ ~\u2009\u202f\u00a0])"
 GROUPED = rf"[0-9]{{1,3}}(?P<separator>{SEPARATOR})[0-9]{{3}}(?:(?P=separator)[0-9]{{3}})*"
 GROUPED += rf"(?![0-9/])(?!{SEPARATOR}[0-9])(?:\.[0-9]+)?"
 # 0.1(6) is 0.1666...: the digits in parentheses come again and again.
-PERIOD = r"\\(?:overline|bar)\s*\{[0-9]+\}|\([0-9]+\)|(?:\\dot\s*(?:\{[0-9]\}|[0-9])[0-9]*)+"
+PERIOD = (
+    r"\\(?:overline|bar)\s*(?:\{[0-9]+\}|[0-9])|\([0-9]+\)|(?:\\dot\s*(?:\{[0-9]\}|[0-9])[0-9]*)+"
+)
 NUMERAL = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 TOKEN = re.compile(
     rf"""

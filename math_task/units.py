@@ -15,6 +15,9 @@ PREFIXES |= {"M": 6, "G": 9, "T": 12}
 PREFIX_WORDS = {"kilo": 3, "centi": -2, "milli": -3, "deci": -1, "micro": -6, "nano": -9}
 PREFIX_WORDS |= {"mega": 6, "giga": 9, "tera": 12, "hecto": 2}
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+# What may stand before a thing: 3 different ways, 5 red balls.
+ADJECTIVES = set("different distinct possible unique real positive whole red blue green".split())
+ADJECTIVES |= set("white black yellow full such correct".split())
 POWERS_BEHIND = {"squared": 2, "cubed": 3}
 CURRENCIES = ("$", "€", "£", "¥", "₹")
 # Letters that are as likely variables: without \text{} they are units only if the other answer has
@@ -72,9 +75,7 @@ def read_units():
     """Every spelling of units.txt with its Unit."""
     file = Path(__file__).with_name("units.txt").read_text("utf-8")
     _, measures, _, things = file.split("\n\n")
-    units = {}
-    for thing in things.split():
-        units[thing] = base_unit(thing)
+    units = {thing: base_unit(thing) for thing in things.split()}
     for line in measures.splitlines():
         definition, _, text = line.partition(" : ")
         for spelling, unit in spellings(read_definition(definition), text):
@@ -83,6 +84,8 @@ def read_units():
 
 
 UNITS = read_units()
+THINGS = {unit.powers[0][0] for name, unit in UNITS.items() if unit.powers == ((name, 1),)}
+THINGS -= set("m kg s A K mol month gallon tablespoon byte".split())
 
 
 def find_unit(word):
@@ -118,16 +121,26 @@ class UnitReader:
         return self.tokens[self.position].text if self.position < len(self.tokens) else ""
 
     def read(self):
-        unit, divide = ONE, False
+        while self.peek() in ADJECTIVES and self.position + 1 < len(self.tokens):
+            self.position += 1
+        unit, sign = ONE, "*"
         while self.position < len(self.tokens):
-            exponent = -1 if divide else 1
-            unit = unit.times(self.powered(), exponent)
-            divide = self.peek() in ("/", "per")
-            if divide or self.peek() in ("*", "-"):
+            start = self.position
+            factor = self.powered()
+            if sign == "" and (self.is_thing(start) or self.is_thing(start - 1)):
+                raise Unreadable("two things side by side")
+            unit = unit.times(factor, -1 if sign in ("/", "per") else 1)
+            sign = self.peek() if self.peek() in ("/", "per", "*", "-") else ""
+            if sign:
                 self.position += 1
                 if self.position == len(self.tokens):
                     raise Unreadable("a unit is missing")
         return unit
+
+    def is_thing(self, index):
+        """Things are counted alone, while kg m is a product: 4 units digit is no amount."""
+        unit = find_unit(self.tokens[index].text)
+        return unit == ONE or (unit is not None and unit.powers[0][0] in THINGS)
 
     def powered(self):
         power = 1
@@ -167,6 +180,9 @@ class UnitReader:
         if text in ("degree", "degrees") and self.peek() in ("C", "F", "Celsius", "Fahrenheit"):
             text = "°" + self.peek()[0]
             self.position += 1
+        if text in PREFIXES and self.peek() == "\\Omega":
+            text += "Ω"
+            self.position += 1
         if token.text == "\\mu" and self.position < len(self.tokens):
             text = "u" + self.peek().strip("\\")
             self.position += 1
@@ -177,7 +193,7 @@ class UnitReader:
         unit = find_unit(text)
         if unit is None:
             raise Unreadable(f"{text} is no unit")
-        may_be_variables = (len(text) == 1 and text.isalpha()) or text in AMBIGUOUS
+        may_be_variables = text in AMBIGUOUS or (len(text) == 1 and text.isalpha() and text != "Ω")
         self.certain += token.upright or not may_be_variables
         self.read_so_far += 1
         if self.peek() == "." and self.position < len(self.tokens):

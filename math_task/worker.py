@@ -11,7 +11,12 @@ from pathlib import Path
 SECONDS = 3  # of CPU time for a verdict: a busy machine judges as an idle one does
 MEMORY = 4 << 30  # bytes of address space
 ROOT = str(Path(__file__).resolve().parent.parent)
-START = "import sys; sys.path.insert(0, sys.argv[1]); from math_task.worker import serve; serve()"
+START = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from math_task.worker import serve
+serve(float(sys.argv[2]))
+"""
 
 
 class Worker:
@@ -57,7 +62,7 @@ def start():
     pipe = subprocess.PIPE
     with signals_blocked():
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", START, ROOT],
+            [sys.executable, "-u", "-c", START, ROOT, str(SECONDS)],
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.DEVNULL,
@@ -190,7 +195,7 @@ class Library:
         return value
 
 
-def serve():
+def serve(seconds):
     """Reads a question [gold, answer] a line, and answers True or False."""
     import resource
     from signal import ITIMER_PROF, setitimer
@@ -206,7 +211,7 @@ def serve():
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     print("ready", file=replies)
     for line in sys.stdin:
-        setitimer(ITIMER_PROF, SECONDS)  # ends the process, even in the middle of C code
+        setitimer(ITIMER_PROF, seconds)  # ends the process, even in the middle of C code
         verdict = False
         with suppress(Exception):  # formulas that the library can't read
             gold, answer = map(read, json.loads(line))
