@@ -7,7 +7,7 @@ number, and x' for x. So each name is written \\mathrm{name}, each product with 
 
 from fractions import Fraction
 
-from .tokens import OPENING, Token, Unreadable, closing
+from .tokens import OPENING, Token, Unreadable, argument, closing
 
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp".split()
 INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -232,8 +232,7 @@ class Reader:
         if command in GREEK:
             return self.variable(command)
         if command in ACCENTS:
-            inside = self.group() if self.peek() == "{" else [self.tokens[self.position]]
-            self.position += inside == self.tokens[self.position : self.position + 1]
+            inside, self.position = argument(self.tokens, self.position)
             return self.variable(f"{command} {plain_text(inside)}")
         if command in FIGURES:
             return self.variable(f"{command} {self.take()}")
@@ -360,6 +359,8 @@ def split_letters(tokens):
             result.append(Token("command", "\\" + token.text))
         elif token.kind == "letters" and token.upright and len(token.text) > 1:
             raise Unreadable(f"{token.text} is a word")
+        elif token.kind == "letters" and result and result[-1].text.strip("\\") in FIGURES:
+            result.append(token)  # \\triangle ABC
         elif token.kind == "letters":
             result += [Token("letters", letter) for letter in token.text]
         else:

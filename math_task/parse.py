@@ -135,9 +135,11 @@ def read_or_keep(tokens):
 def fold(word):
     """Words have no case, but variables do: Yes is yes, Bob is bob, and Mg isn't mg."""
     lower = word.lower()
-    if len(word) > 3 or lower in SHORT_WORDS or (len(word) == 3 and word.istitle()):
+    if lower in SHORT_WORDS or (len(word) == 3 and word.istitle()):
         return lower
-    return word
+    mixed = not (word.islower() or word.isupper() or word.istitle())
+    may_be_points = len(word) == 4 and word.isupper()
+    return word if len(word) < 4 or mixed or may_be_points else lower
 
 
 def read_answer(tokens):
@@ -155,10 +157,12 @@ def without_decoration(tokens):
     """Without outer braces, a final stop, and words like exactly or about in front."""
     while tokens:
         first, last = tokens[0], tokens[-1]
-        if last.text in (".", ",", ";", "*") or (last.text == ":" and len(tokens) > 1):
+        if last.text in (".", ",", ";") or (last.text == ":" and len(tokens) > 1):
             tokens = tokens[:-1]
-        elif first.text in ("=", ":", "*", "\\approx", "."):
+        elif first.text in ("=", ":", "\\approx", "."):
             tokens = tokens[1:]
+        elif first.text == "*" == last.text:
+            tokens = tokens[1:-1]
         elif first.text == "{" and closing(tokens, 0) == len(tokens) - 1:
             tokens = tokens[1:-1]
         elif [token.text.lower() for token in tokens[:2]] == ["answer", "is"]:
@@ -349,18 +353,27 @@ def read_equation(sides):
 
 def read_approximation(sides):
     """x \\approx 3.14 gives x a value; \\sqrt2 \\approx 1.41 stays \\sqrt2."""
+    if len(sides) == 2 and read_name(sides[1]) and not read_name(sides[0]):
+        sides = sides[::-1]
     decimal = read_value(sides[-1])
     if len(sides) == 2 and not read_name(sides[0]):
-        exact = read_value(sides[0])
-        if isinstance(decimal, Quantity) and not isinstance(exact, Quantity):
-            return Quantity(Approximated(exact, decimal.value), decimal.unit)
-        return Approximated(exact, decimal)
+        return approximated(read_value(sides[0]), decimal)
     if len(sides) == 2:
         return Named(read_name(sides[0]), decimal)
     node = read_equation(sides[:-1])
     if isinstance(node, Named):
         return replace(node, value=Approximated(node.value, decimal))
     raise Unreadable("an approximation of an equation")
+
+
+def approximated(exact, decimal):
+    """The unit, where there is one, belongs to both."""
+    if not isinstance(decimal, Quantity):
+        return Approximated(exact, decimal)
+    if isinstance(exact, Quantity) and exact.unit != decimal.unit:
+        raise Unreadable("two units")
+    value = exact.value if isinstance(exact, Quantity) else exact
+    return Quantity(Approximated(value, decimal.value), decimal.unit)
 
 
 def read_inequality(sides, operators):
@@ -494,6 +507,8 @@ def read_quantity(tokens):
     if len(front) > 1 and front[0].text in CURRENCIES:
         rest = negative + front[1:]
         unit = find_unit(front[0].text)
+        if len(front) > 3 and front[2].text in ("per", "/") and not front[3].text.isdigit():
+            return read_quantity([*negative, front[1], front[0], *front[2:]])
         behind = read_quantity(rest)
         if behind is None:
             return Quantity(read_plain(rest), unit)
@@ -510,8 +525,8 @@ def read_cut(tokens, cut):
     first, before = tokens[cut], tokens[cut - 1]
     behind_value = before.kind == "number" or before.text in (")", "}", "]", "*", "|", "!", "\\pi")
     behind_value = behind_value or before.kind == "letters"
-    may_begin = first.kind == "letters" or first.text in "%€£¥$("
-    may_begin = may_begin or first.text in ("\\degree", "\\frac", "\\mu", "\\Omega")
+    may_begin = first.kind == "letters" or find_unit(first.text.strip("\\")) is not None
+    may_begin = may_begin or first.text in ("(", "\\frac", "\\mu", "\\Omega")
     if not behind_value or not may_begin:
         return None
     value = tokens[:cut] if before.text != "*" else tokens[: cut - 1]

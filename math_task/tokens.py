@@ -237,7 +237,7 @@ def with_braces(tokens):
             i = end + 1
         elif missing:
             first, rest = token, []
-            if token.kind in ("number", "letters") and len(token.text) > 1 and not token.upright:
+            if (token.text.isdigit() or token.text.isalpha()) and not token.upright:
                 first = Token(token.kind, token.text[0])
                 rest = [Token(token.kind, token.text[1:])]
             result += braced([first])

@@ -19,7 +19,7 @@ POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 ADJECTIVES = set("different distinct possible unique real positive whole red blue green".split())
 ADJECTIVES |= set("white black yellow full such correct".split())
 POWERS_BEHIND = {"squared": 2, "cubed": 3}
-CURRENCIES = ("$", "€", "£", "¥", "₹")
+CURRENCIES = ("$", "€", "£", "¥", "₹", "USD", "EUR", "GBP", "Rs")
 # Letters that are as likely variables: without \text{} they are units only if the other answer has
 # that unit, too.
 AMBIGUOUS = {"mg", "ms", "gm", "pm", "am", "mo", "cal", "as", "ha", "in", "pt", "mi", "set", "bit"}
@@ -179,6 +179,9 @@ class UnitReader:
         text = token.text.strip("\\").replace("Omega", "Ω")
         if text in ("degree", "degrees") and self.peek() in ("C", "F", "Celsius", "Fahrenheit"):
             text = "°" + self.peek()[0]
+            self.position += 1
+        if text == "per" and self.peek() in ("cent", "hundred"):
+            text = "percent"
             self.position += 1
         if text in PREFIXES and self.peek() == "\\Omega":
             text += "Ω"
