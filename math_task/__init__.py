@@ -15,14 +15,15 @@ from tasks import MAX_TEXT, SPLITS, split_of
 
 from .answers import final_answer, read_gold
 from .compare import spell
-from .parse import Number, read
+from .nodes import Number
+from .parse import read
 from .worker import equivalent
 
 PROMPT = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"
 
 
 class Math:
-    """A checksum of the problem decides on a row's split, unless the row has a "split" of its own."""
+    """The task. A checksum of the problem decides on a row's split, unless the row names one."""
 
     def __init__(self, path=""):
         if sys.platform == "win32":

@@ -47,7 +47,7 @@ def final_answer(text):
 
 
 def read_gold(value):
-    """The answer of a row as text. ValueError, saying why, for what isn't one answer for certain."""
+    """The answer of a row as text. ValueError, saying why, for what may not be one answer."""
     names = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         raise ValueError(f'"answer" is {names[value]}, and has to be a text or a number')

@@ -2,11 +2,10 @@
 isn't here says no. `library` decides on formulas: see the class Library in worker.py."""
 
 import re
-
 from fractions import Fraction
 
 from .expression import write_fraction
-from .parse import (
+from .nodes import (
     EMPTY,
     Approximated,
     Between,

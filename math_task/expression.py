@@ -1,8 +1,9 @@
-"""Tokens of a formula become LaTeX that math-verify cannot misread.
+r"""Tokens of a formula become LaTeX that math-verify cannot misread.
 
-That library takes k(x) for a function, 3(4) for 7, dc for a differential, E for e, \\gamma for a
-number, and x' for x. So each name is written \\mathrm{name}, each product with a *, each quotient as a
-\\frac, and each argument in parentheses. Equal formulas often become the same text: terms are sorted.
+That library takes k(x) for a function, 3(4) for 7, dc for a differential, E for e, \gamma for a
+number, and x' for x. So each name is written \mathrm{name}, each product with a *, each quotient
+as a \frac, and each argument in parentheses. Terms and factors are sorted, so that equal formulas
+often become the same text.
 """
 
 from fractions import Fraction
@@ -50,7 +51,7 @@ def name(text):
 
 
 def plain_text(tokens):
-    """Tokens as one word without braces: what distinguishes a name, as in v_{\\min} or T_{\\mathrm m}."""
+    r"""Tokens as one word without braces: what distinguishes a name, as in v_{\min}."""
     return "".join(token.text.strip("\\") for token in tokens if token.text not in "{}")
 
 
@@ -352,7 +353,7 @@ def split(tokens, *separators):
 
 
 def split_letters(tokens):
-    """xy becomes x and y; sin, typed without a backslash, a command. Upright words can't be read."""
+    """xy becomes x and y; sin without its backslash a command. Upright words are Unreadable."""
     result = []
     for token in tokens:
         if token.kind == "letters" and token.text in TYPED:

@@ -1,4 +1,4 @@
-"""What must be true of the math task. math-verify itself is used, except where a stand-in misbehaves.
+"""What must be true of the math task. A stand-in replaces math-verify where it has to misbehave.
 
 pytest -q math_task
 """
@@ -69,7 +69,7 @@ def test_the_order_of_gold_and_answer_matters_only_for_what_the_gold_must_say():
 
 
 VOTES = {
-    "1/2": r"0.5|\frac{1}{2}|\dfrac12|2/4|.5|+0.50|$0.5$|½|x = 0.5|\frac{1}{2}\text{ cm}|\approx 0.5",
+    "1/2": r"0.5|\frac{1}{2}|\dfrac12|2/4|.5|+0.50|$0.5$|½|\frac{1}{2}\text{ cm}|x \approx 0.5",
     "5/2": r"2 1/2|2.5|2\frac{1}{2}|2½|25e-1",
     "1234567": r"1,234,567|1{,}234{,}567|1\,234\,567|1 234 567|\$1,234,567.00",
     "{1, 2}": r"\{2,1\}|1, 2|2 \text{ and } 1|x=1, x=2",

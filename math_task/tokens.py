@@ -1,4 +1,4 @@
-"""Text of an answer, in LaTeX or plain, becomes a list of tokens. Spellings of one meaning end here."""
+"""The text of an answer becomes tokens. Different spellings of one meaning end here."""
 
 import re
 from dataclasses import dataclass
@@ -185,6 +185,17 @@ def closing(tokens, start):
     raise Unreadable("a bracket stays open")
 
 
+def is_group(tokens):
+    """Whether the first bracket, round, square or of a set, is closed by the last."""
+    return tokens[0].text in ("(", "[", "\\{") and closing(tokens, 0) == len(tokens) - 1
+
+
+def without_braces(tokens):
+    while tokens and tokens[0].text == "{" and closing(tokens, 0) == len(tokens) - 1:
+        tokens = tokens[1:-1]
+    return tokens
+
+
 def argument(tokens, start):
     """(tokens, end) of what a command takes: {...} without its braces, or one token."""
     if start >= len(tokens):
@@ -221,7 +232,7 @@ def with_upright_text(tokens, upright=False, depth=0):
 
 
 def with_braces(tokens):
-    """\\frac12, \\frac xy and {1 \\over 2} as \\frac{..}{..}; a \\frac takes one character, if no braces."""
+    r"""\frac12, \frac xy and {1 \over 2} as \frac{1}{2}: without braces it takes one character."""
     result, i = [], 0
     tokens = list(tokens)
     missing = 0  # arguments of a \\frac that are still to come
@@ -237,7 +248,8 @@ def with_braces(tokens):
             i = end + 1
         elif missing:
             first, rest = token, []
-            if (token.text.isdigit() or token.text.isalpha()) and not token.upright:
+            divisible = token.text.isdigit() or token.text.isalpha()
+            if divisible and len(token.text) > 1 and not token.upright:
                 first = Token(token.kind, token.text[0])
                 rest = [Token(token.kind, token.text[1:])]
             result += braced([first])

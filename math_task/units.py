@@ -109,7 +109,7 @@ def singulars(word):
 
 
 class UnitReader:
-    """Reads tokens like kg * m / s ^ 2, square feet, miles per hour; Unreadable for anything else."""
+    """Reads kg * m / s ^ 2, square feet, miles per hour; Unreadable for anything else."""
 
     def __init__(self, tokens):
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""The process that compares. math-verify, which may take for ever and all memory, runs there alone."""
+"""The process that compares: math-verify may take for ever and all memory, so it runs there."""
 
 import json
 import subprocess
@@ -78,7 +78,7 @@ def start():
 
 @contextmanager
 def signals_blocked():
-    """A process started here ignores what ends a whole job at once: it inherits the blocked signals.
+    """A process started here inherits the blocked signals, and so ignores what ends a whole job.
     It ends when its standard input does."""
     from signal import SIG_BLOCK, SIG_SETMASK, SIGHUP, SIGINT, SIGTERM, pthread_sigmask
 
@@ -155,7 +155,7 @@ class Library:
 
     def set_of(self, node):
         """The set of real numbers that a node stands for."""
-        from .parse import Between, Formula, Number, Relation, SetOperation
+        from .nodes import Between, Formula, Number, Relation, SetOperation
 
         sympy = self.sympy
         if isinstance(node, Number | Formula):
