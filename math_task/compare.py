@@ -135,8 +135,9 @@ def agree_quantity(gold, answer, library):
     quantity, bare = (gold, answer) if isinstance(gold, Quantity) else (answer, gold)
     if quantity.unit.powers == PERCENT:
         return agree_percent(quantity.value, bare, library)
-    if quantity.unit.powers == DEGREE and "\\pi" in write(bare):
-        return agree(in_radians(quantity), bare, library)
+    if quantity.unit.powers == DEGREE and isinstance(bare, Formula):
+        if agree(in_radians(quantity), bare, library):
+            return True  # 30 degrees are \\pi/6
     return agree(quantity.value, bare, library)
 
 

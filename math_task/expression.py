@@ -134,7 +134,7 @@ class Reader:
         """Factors side by side, without a sign between them: 2x\\sqrt{3}."""
         factors = [self.mixed_number() or self.power()]
         while self.starts_factor():
-            if self.kind() == "number" and self.peek(-1) not in ("}", ")"):
+            if self.kind() == "number" and self.peek(-1) not in ("}", ")", "!"):
                 raise Unreadable("a number behind a factor")
             factors.append(self.power())
         return factors
@@ -334,8 +334,8 @@ def of_limited_size(latex):
 
 
 def wrap(latex):
-    """In parentheses, unless it is a number or a name."""
-    if latex.isalnum() or (latex.startswith("\\mathrm{") and latex.find("}") == len(latex) - 1):
+    """In parentheses, unless it is a number or a name. Of I^2 the library reads I."""
+    if (latex.isalnum() and latex != "I") or (latex.startswith("\\mathrm{") and latex.find("}") == len(latex) - 1):
         return latex
     return f"({latex})"
 

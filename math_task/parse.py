@@ -38,7 +38,7 @@ BETWEEN_ITEMS = (",", ";", "and", "or", "\\or", "\\and")
 RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne", "\\approx", "\\in")
 MIRRORED = {">": "<", "\\ge": "\\le", "\\ne": "\\ne"}
 WITH_EQUALS = {"<": "\\le", ">": "\\ge", "=": "="}  # x <= 5, as it is typed
-NOT_BEHIND_A_CHOICE = (*"+-*/^_'!(", "\\cup", "\\cap", *BETWEEN_ITEMS, *RELATIONS)
+NOT_BEHIND_A_CHOICE = (*"+-*/^_'!", "\\cup", "\\cap", *BETWEEN_ITEMS, *RELATIONS)
 SPECIAL = ("\\sum", "\\prod", "\\int", "\\lim", "\\iint", "\\oint", "\\bigcup", "\\bmod", "\\pmod")
 REALS = ("all real numbers", "all reals", "real numbers", "all real x", "all real values")
 DEGREE = find_unit("degree")
@@ -139,7 +139,8 @@ def read_marked_choice(letter, rest):
     for part in value.items if isinstance(value, Items) else (value,):
         if isinstance(part, Choice) or (isinstance(part, Formula) and part.letters):
             return None
-    return Choice(letter, value)
+    is_factor = rest[0].text == "(" and not isinstance(value, Items)
+    return None if is_factor else Choice(letter, value)
 
 
 # ---- Lists ----
@@ -203,7 +204,7 @@ def read_group(tokens):
 def read_statement(tokens):
     sides, operators = split_relations(tokens)
     if not operators:
-        return read_value(tokens)
+        return read_labelled(tokens) or read_value(tokens)
     if not all(sides):
         raise Unreadable("a side is missing")
     if operators == ["\\in"]:
@@ -213,6 +214,17 @@ def read_statement(tokens):
     if operators[-1] == "\\approx" and set(operators[:-1]) <= {"="}:
         return read_approximation(sides)
     return read_inequality(sides, operators)
+
+
+def read_labelled(tokens):
+    """Total cost: 12 has a name; None without one."""
+    label = split(tokens, ":")[0]
+    is_label = all(token.kind == "letters" and len(token.text) > 1 for token in label)
+    if not is_label or not label or len(label) == len(tokens):
+        return None
+    return (
+        Named(read_name(label), read_value(tokens[len(label) + 1 :])) if read_name(label) else None
+    )
 
 
 def split_relations(tokens):
@@ -228,6 +240,8 @@ def split_relations(tokens):
         elif text == "=" and sides[-1] and sides[-1][-1].text == "!" and not token.spaced:
             raise Unreadable("n! = 5, or n != 5")
         else:
+            if sides[-1] and sides[-1][-1].text == ":":  # x := 5
+                sides[-1].pop()
             operators.append(text)
             sides.append([])
     return sides, operators

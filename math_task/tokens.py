@@ -266,9 +266,9 @@ def braced(tokens):
 
 
 def with_over(tokens):
-    """1 \\over 2 as \\frac{1}{2}."""
-    texts = [token.text for token in tokens]
-    if texts.count("\\over") != 1:
-        return tokens
-    i = texts.index("\\over")
-    return [Token("command", "\\frac"), *braced(tokens[:i]), *braced(tokens[i + 1 :])]
+    r"""1 \over 2 as \frac{1}{2}, n \choose 2 as \binom{n}{2}."""
+    for i, token in enumerate(tokens):
+        if token.text in ("\\over", "\\choose"):
+            command = "\\frac" if token.text == "\\over" else "\\binom"
+            return [Token("command", command), *braced(tokens[:i]), *braced(tokens[i + 1 :])]
+    return tokens

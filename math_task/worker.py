@@ -172,6 +172,9 @@ class Library:
         items = [self.constant(item) for item in node.items]
         if node.brackets == "{}":
             return sympy.FiniteSet(*items)
+        for bracket, bound in zip(node.brackets, items, strict=True):
+            if bracket in "[]" and not bound.is_finite:
+                raise ValueError("infinity belongs to no set of real numbers")
         return sympy.Interval(*items, node.brackets[0] == "(", node.brackets[1] == ")")
 
     def half_line(self, relation):
