@@ -14,9 +14,9 @@ from random import Random
 from tasks import MAX_TEXT, SPLITS, split_of
 
 from .answers import final_answer, read_gold
-from .compare import spell
 from .nodes import Number
 from .parse import read
+from .spell import spell
 from .worker import equivalent
 
 PROMPT = "\n\nReason step by step, and put your final answer within \\boxed{}.\n"

@@ -135,9 +135,9 @@ def agree_quantity(gold, answer, library):
     quantity, bare = (gold, answer) if isinstance(gold, Quantity) else (answer, gold)
     if quantity.unit.powers == PERCENT:
         return agree_percent(quantity.value, bare, library)
-    if quantity.unit.powers == DEGREE and isinstance(bare, Formula):
-        if agree(in_radians(quantity), bare, library):
-            return True  # 30 degrees are \\pi/6
+    if quantity.unit.powers == DEGREE and isinstance(bare, Formula):  # 30 degrees are \pi/6
+        is_angle = agree(in_radians(quantity), bare, library)
+        return is_angle or ("\\pi" not in bare.latex and agree(quantity.value, bare, library))
     return agree(quantity.value, bare, library)
 
 
@@ -298,46 +298,3 @@ def write(node):
     if isinstance(node, Number):
         return write_fraction(node.value)
     return node.latex if isinstance(node, Formula | Special) else ""
-
-
-def spell(node):
-    """One spelling for all answers of a value, without its name and its unit."""
-    if isinstance(node, Number):
-        return str(node.value)
-    if isinstance(node, Formula):
-        return re.sub(r"\\mathrm\{([^{}]*)\}|I", lambda found: found[1] or "i", node.latex).strip()
-    if isinstance(node, Named | Quantity):
-        return spell(node.value)
-    if isinstance(node, Approximated):
-        return spell(node.exact)
-    if isinstance(node, Chain):
-        return spell(node.sides[-1])
-    if isinstance(node, Choice):
-        return node.letter
-    if isinstance(node, Words):
-        return node.text
-    if isinstance(node, Items):
-        return spell_items(node)
-    return spell_rest(node)
-
-
-def spell_items(node):
-    spellings = [spell(item) for item in node.items]
-    if node.brackets == ":":
-        return ":".join(spellings)
-    if node.brackets in IN_ANY_ORDER:
-        return "{" + ", ".join(sorted(spellings)) + "}"
-    opening, closing = node.brackets if len(node.brackets) == 2 else "()"
-    return opening + ", ".join(spellings) + closing
-
-
-def spell_rest(node):
-    if isinstance(node, Between):
-        return spell(node.interval)
-    if isinstance(node, SetOperation):
-        return f" {node.operator} ".join([spell(part) for part in node.parts] or [node.operator])
-    if isinstance(node, Relation):
-        return f"{spell(node.left)} {node.operator} {spell(node.right)}"
-    if isinstance(node, InBase):
-        return f"{node.digits}_{node.base}"
-    return node.latex

@@ -8,7 +8,7 @@ often become the same text.
 
 from fractions import Fraction
 
-from .tokens import OPENING, Token, Unreadable, argument, closing
+from .tokens import Token, Unreadable, argument, closing, nesting
 
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp".split()
 INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -335,16 +335,16 @@ def of_limited_size(latex):
 
 def wrap(latex):
     """In parentheses, unless it is a number or a name. Of I^2 the library reads I."""
-    if (latex.isalnum() and latex != "I") or (latex.startswith("\\mathrm{") and latex.find("}") == len(latex) - 1):
-        return latex
-    return f"({latex})"
+    is_number_or_letter = latex.isalnum() and latex != "I"
+    is_name = latex.startswith("\\mathrm{") and latex.find("}") == len(latex) - 1
+    return latex if is_number_or_letter or is_name else f"({latex})"
 
 
 def split(tokens, *separators):
     """The parts between separators that stand outside of all brackets."""
     parts, depth = [[]], 0
     for token in tokens:
-        depth += (token.text in OPENING) - (token.text in OPENING.values())
+        depth += nesting(token)
         if depth == 0 and token.text in separators:
             parts.append([])
         else:

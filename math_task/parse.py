@@ -27,7 +27,7 @@ from .nodes import (
     Words,
 )
 from .numerals import read_in_base, read_number
-from .tokens import OPENING, Token, Unreadable, closing, is_group, tokenize
+from .tokens import Token, Unreadable, closing, is_group, nesting, tokenize
 from .units import CURRENCIES, ONE, find_unit, read_unit
 
 # Words that say nothing about the value behind them.
@@ -232,7 +232,7 @@ def split_relations(tokens):
     sides, operators, depth = [[]], [], 0
     for token in tokens:
         text = token.text
-        depth += (text in OPENING) - (text in OPENING.values())
+        depth += nesting(token)
         if depth or text not in RELATIONS:
             sides[-1].append(token)
         elif text == "=" and operators and not sides[-1] and operators[-1] in WITH_EQUALS:

@@ -273,6 +273,7 @@ REPEATED = ["=", r"\frac", r"\a", "1,", "(1,", r"\text{", r"\pm", "0.", "{", "_"
 HOSTILE += [text * 66 for text in REPEATED]
 HOSTILE += [text * 10**5 for text in ("(", "9", "+-", "Answer: ", r"\boxed{", r"\boxed{}", "}")]
 HOSTILE += ["(" * 60 + "3*7+5" + ")" * 60, "1/" + "0" * 150, "\ud800", "\0"]
+HOSTILE += ["(" * 19 + "x" + ")=x" * 19, "A:(" * 19 + "x" + ")" * 19, "(B) (" * 19 + ")" * 19]
 HOSTILE += ["answer" + "*" * 10**6, "Answer:" + " $" * 10**6]
 
 

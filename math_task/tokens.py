@@ -1,7 +1,7 @@
 """The text of an answer becomes tokens. Different spellings of one meaning end here."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MAX_DEPTH = 20  # brackets within brackets
@@ -33,21 +33,20 @@ def read_spellings():
 CHARACTERS, COMMANDS, MEANINGLESS, MEANINGLESS_WITH_ARGUMENT = read_spellings()
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True))
-FULL_WIDTH = dict.fromkeys(range(0xFF01, 0xFF5F))
+FULL_WIDTH = range(0xFF01, 0xFF5F)
 UPRIGHT = {"\\" + name for name in "text textbf textit textrm textnormal texttt textsf".split()}
 UPRIGHT |= {"\\" + name for name in "mathrm mathbf mathit mathsf mathtt mathnormal".split()}
 UPRIGHT |= {"\\" + name for name in "mbox emph boldsymbol bm pmb operatorname rm".split()}
-OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
-CLOSING = {")", "]", "}", "\\}"}
+OPENING = ("(", "[", "{", "\\{")
+CLOSING = (")", "]", "}", "\\}")
 
 # Digits in groups of three, as 1,234,567 or 1{,}234 or 1\,234 or 1 234.
 SEPARATOR = r"(?:\{,\}|,\\!\s*|,|\\,|\\!|\\\ |[ ~\u2009\u202f\u00a0])"
 GROUPED = rf"[0-9]{{1,3}}(?P<separator>{SEPARATOR})[0-9]{{3}}(?:(?P=separator)[0-9]{{3}})*"
 GROUPED += rf"(?![0-9/])(?!{SEPARATOR}[0-9])(?:\.[0-9]+)?"
 # 0.1(6) is 0.1666...: the digits in parentheses come again and again.
-PERIOD = (
-    r"\\(?:overline|bar)\s*(?:\{[0-9]+\}|[0-9])|\([0-9]+\)|(?:\\dot\s*(?:\{[0-9]\}|[0-9])[0-9]*)+"
-)
+PERIOD = r"\\(?:overline|bar)\s*(?:\{[0-9]+\}|[0-9])|\([0-9]+\)"
+PERIOD += r"|(?:\\dot\s*(?:\{[0-9]\}|[0-9])[0-9]*)+"
 NUMERAL = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 TOKEN = re.compile(
     rf"""
@@ -104,13 +103,14 @@ def tokenize(text):
     tokens = with_upright_text(scan(text.replace("{:}", ":")))
     depth = 0
     for token in tokens:
-        depth += (token.text in OPENING) - (token.text in CLOSING)
+        depth += nesting(token)
         if depth > MAX_DEPTH:
             raise Unreadable("too many brackets")
     return with_braces(tokens)
 
 
 def scan(text):
+    """The tokens of a text, one after the other, without spaces and commands of no meaning."""
     tokens, start, spaced = [], 0, False
     brackets = 0  # a comma between them divides, and never groups digits
     while start < len(text):
@@ -161,12 +161,17 @@ def make_token(kind, match):
 
 
 def one_period(text):
-    """0.1(6), of that and of 0.1\\overline{6} and 0.1\\dot{6}."""
+    r"""0.1(6), of that and of 0.1\overline{6} and 0.1\dot{6}."""
     if "dot" in text:
         before, _, period = text.partition("\\dot")
     else:
         before, _, period = text.replace("(", "\\bar").partition("\\")
     return before + "(" + "".join(re.findall("[0-9]", period)) + ")"
+
+
+def nesting(token):
+    """1 for an opening bracket, -1 for a closing one, else 0."""
+    return (token.text in OPENING) - (token.text in CLOSING)
 
 
 def closing(tokens, start):
@@ -175,11 +180,8 @@ def closing(tokens, start):
     curly = tokens[start].text == "{"
     depth = 0
     for i in range(start, len(tokens)):
-        text = tokens[i].text
-        if (text in OPENING) and (text == "{") == curly:
-            depth += 1
-        if (text in CLOSING) and (text == "}") == curly:
-            depth -= 1
+        if (tokens[i].text in "{}") == curly:
+            depth += nesting(tokens[i])
         if depth == 0:
             return i
     raise Unreadable("a bracket stays open")
@@ -207,7 +209,7 @@ def argument(tokens, start):
 
 
 def with_upright_text(tokens, upright=False, depth=0):
-    """The tokens of \\text{...} marked as upright, in place of the command."""
+    r"""The tokens of \text{...} marked as upright, in place of the command."""
     if depth > MAX_DEPTH:
         raise Unreadable("too many brackets")
     result, i = [], 0
@@ -217,7 +219,10 @@ def with_upright_text(tokens, upright=False, depth=0):
             _, i = argument(tokens, i + 1)
         elif token.text in UPRIGHT:
             inside, i = argument(tokens, i + 1)
-            result += with_upright_text(inside, True, depth + 1)
+            inside = with_upright_text(inside, True, depth + 1)
+            if inside:
+                inside[0] = replace(inside[0], spaced=token.spaced or inside[0].spaced)
+            result += inside
         elif token.text == "\\mathbb":
             inside, i = argument(tokens, i + 1)
             result.append(Token("command", "\\mathbb" + "".join(x.text for x in inside)))
@@ -226,7 +231,7 @@ def with_upright_text(tokens, upright=False, depth=0):
             name = "".join(x.text for x in inside)
             result.append(Token("command", f"{token.text}{{{name}}}"))
         else:
-            result.append(Token(token.kind, token.text, upright or token.upright, token.spaced))
+            result.append(replace(token, upright=upright or token.upright))
             i += 1
     return result
 
@@ -235,7 +240,7 @@ def with_braces(tokens):
     r"""\frac12, \frac xy and {1 \over 2} as \frac{1}{2}: without braces it takes one character."""
     result, i = [], 0
     tokens = list(tokens)
-    missing = 0  # arguments of a \\frac that are still to come
+    missing = 0  # arguments of a fraction that are still to come
     while i < len(tokens):
         token = tokens[i]
         if token.text in ("\\frac", "\\binom"):

@@ -20,6 +20,8 @@ ADJECTIVES = set("different distinct possible unique real positive whole red blu
 ADJECTIVES |= set("white black yellow full such correct".split())
 POWERS_BEHIND = {"squared": 2, "cubed": 3}
 CURRENCIES = ("$", "€", "£", "¥", "₹", "USD", "EUR", "GBP", "Rs")
+JOINED = ("degree", "degrees", "per", "mu", "a", "p", "A", "P")  # with what follows, as in per cent
+SCALES = {"K", "B", "T"}  # thousands, billions, trillions
 # Letters that are as likely variables: without \text{} they are units only if the other answer has
 # that unit, too.
 AMBIGUOUS = {"mg", "ms", "gm", "pm", "am", "mo", "cal", "as", "ha", "in", "pt", "mi", "set", "bit"}
@@ -114,27 +116,29 @@ class UnitReader:
     def __init__(self, tokens):
         self.tokens = tokens
         self.position = 0
-        self.certain = 0  # how many spellings can be nothing but a unit
-        self.read_so_far = 0
+        self.spellings = 0  # how many were read
+        self.certain = 0  # how many of these can be nothing but a unit
 
     def peek(self):
         return self.tokens[self.position].text if self.position < len(self.tokens) else ""
 
+    def skip(self, *texts):
+        """Whether one of these comes next; if so it is read."""
+        found = self.position < len(self.tokens) and self.peek() in texts
+        self.position += found
+        return found
+
     def read(self):
-        while self.peek() in ADJECTIVES and self.position + 1 < len(self.tokens):
-            self.position += 1
-        unit, sign = ONE, "*"
+        while self.position + 1 < len(self.tokens) and self.skip(*ADJECTIVES):
+            pass
+        unit, last, divide = self.powered(), self.position - 1, False
         while self.position < len(self.tokens):
-            start = self.position
-            factor = self.powered()
-            if sign == "" and (self.is_thing(start) or self.is_thing(start - 1)):
+            divide = self.skip("/", "per")
+            side_by_side = not divide and not self.skip("*", "-")
+            if side_by_side and (self.is_thing(last) or self.is_thing(self.position)):
                 raise Unreadable("two things side by side")
-            unit = unit.times(factor, -1 if sign in ("/", "per") else 1)
-            sign = self.peek() if self.peek() in ("/", "per", "*", "-") else ""
-            if sign:
-                self.position += 1
-                if self.position == len(self.tokens):
-                    raise Unreadable("a unit is missing")
+            unit = unit.times(self.powered(), -1 if divide else 1)
+            last = self.position - 1
         return unit
 
     def is_thing(self, index):
@@ -143,18 +147,20 @@ class UnitReader:
         return unit == ONE or (unit is not None and unit.powers[0][0] in THINGS)
 
     def powered(self):
+        """A unit with an exponent, or a word for one: cm^2, square feet, cm cubed."""
         power = 1
         if self.peek() in POWER_WORDS and self.position + 1 < len(self.tokens):
             power = POWER_WORDS[self.peek()]
             self.position += 1
-            self.position += self.peek() == "."
+            self.skip(".")
         unit = self.single()
-        self.position += self.peek() == "old"  # years old
+        self.skip(".")
+        self.skip("old")  # years old
         if self.peek() in POWERS_BEHIND:
             power *= POWERS_BEHIND[self.peek()]
             self.position += 1
-        elif self.peek() == "^":
-            exponent, self.position = argument(self.tokens, self.position + 1)
+        elif self.skip("^"):
+            exponent, self.position = argument(self.tokens, self.position)
             digits = "".join(token.text for token in exponent)
             if digits.lstrip("-") not in ("1", "2", "3", "4"):
                 raise Unreadable(f"{digits} is no power of a unit")
@@ -162,50 +168,56 @@ class UnitReader:
         return ONE.times(unit, power)
 
     def single(self):
+        """A unit alone, or one in brackets, or a fraction."""
+        if self.position == len(self.tokens):
+            raise Unreadable("a unit is missing")
+        if self.peek() in ("(", "{"):
+            end = closing(self.tokens, self.position)
+            return self.inside(self.tokens[self.position + 1 : end], end + 1)
+        if self.peek() == "\\frac":
+            above, end = argument(self.tokens, self.position + 1)
+            below, after = argument(self.tokens, end)
+            return self.inside(above, end).times(self.inside(below, after), -1)
         token = self.tokens[self.position]
-        self.position += 1
-        if token.text in ("(", "{"):
-            end = closing(self.tokens, self.position - 1)
-            inside = UnitReader(self.tokens[self.position : end])
-            self.position = end + 1
-            unit = inside.read()
-            self.certain += inside.certain
-            self.read_so_far += inside.read_so_far
-            return unit
-        if token.text == "\\frac":
-            above, self.position = argument(self.tokens, self.position)
-            below, self.position = argument(self.tokens, self.position)
-            return UnitReader(above).read().times(UnitReader(below).read(), -1)
-        text = token.text.strip("\\").replace("Omega", "Ω")
-        if text in ("degree", "degrees") and self.peek() in ("C", "F", "Celsius", "Fahrenheit"):
-            text = "°" + self.peek()[0]
-            self.position += 1
-        if text == "per" and self.peek() in ("cent", "hundred"):
-            text = "percent"
-            self.position += 1
-        if text in PREFIXES and self.peek() == "\\Omega":
-            text += "Ω"
-            self.position += 1
-        if token.text == "\\mu" and self.position < len(self.tokens):
-            text = "u" + self.peek().strip("\\")
-            self.position += 1
-        if text in ("a", "p") and [x.text for x in self.tokens[self.position :][:2]] == [".", "m"]:
-            text += "m"
-            self.position += 2
-            self.position += self.peek() == "."
-        unit = find_unit(text)
+        spelling = self.spelling()
+        unit = find_unit(spelling)
         if unit is None:
-            raise Unreadable(f"{text} is no unit")
-        may_be_variables = text in AMBIGUOUS or (len(text) == 1 and text.isalpha() and text != "Ω")
-        self.certain += token.upright or not may_be_variables
-        self.read_so_far += 1
-        if self.peek() == "." and self.position < len(self.tokens):
-            self.position += 1
+            raise Unreadable(f"{spelling} is no unit")
+        self.spellings += 1
+        self.certain += is_certain(token, spelling)
         return unit
+
+    def inside(self, tokens, end):
+        reader = UnitReader(tokens)
+        unit = reader.read()
+        self.spellings += reader.spellings
+        self.certain += reader.certain
+        self.position = end
+        return unit
+
+    def spelling(self):
+        """What units.txt may have, of one to three tokens: km, degrees Celsius, p.m, kΩ."""
+        texts = [token.text.strip("\\") for token in self.tokens[self.position :][:3]]
+        joins = texts[0] in JOINED or texts[1:2] == ["Omega"]
+        for length in (3, 2):
+            together = "".join(texts[:length])
+            if joins and length <= len(texts) and together in UNITS:
+                self.position += length
+                return together
+        self.position += 1
+        return texts[0]
+
+
+def is_certain(token, spelling):
+    """Upright letters are a unit, but 9K may be thousands; others may be variables."""
+    if token.upright:
+        return token.spaced or spelling not in SCALES
+    may_be_variables = spelling in AMBIGUOUS or (len(spelling) == 1 and spelling.isascii())
+    return not may_be_variables or not spelling.isalpha()
 
 
 def read_unit(tokens):
     """(unit, whether its letters may be variables)."""
     reader = UnitReader(tokens)
     unit = reader.read()
-    return unit, reader.certain == 0 and reader.read_so_far == 1
+    return unit, reader.certain == 0 and reader.spellings == 1
