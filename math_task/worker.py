@@ -122,8 +122,19 @@ class Library:
         return all(self.is_zero(entry) for entry in self.sympy.Matrix([difference]))
 
     def is_zero(self, value):
+        if value == 0 or self.is_far_from_zero(value):
+            return value == 0
+        if value.expand() == 0:
+            return True
         verdict = value.equals(0)
         return bool(self.sympy.simplify(value).is_zero if verdict is None else verdict)
+
+    def is_far_from_zero(self, value):
+        """At one point, where it is quickly seen; near zero nothing is decided by decimals."""
+        names = sorted(value.free_symbols, key=str)
+        point = {name: self.sympy.Rational(13 + 4 * i, 7) for i, name in enumerate(names)}
+        size = abs(value.subs(point).evalf(15))
+        return bool(size.is_comparable and size > 0.001)
 
     def same(self, gold, answer):
         """Whether two formulas are equal, whatever their variables are."""
