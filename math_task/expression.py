@@ -20,7 +20,7 @@ GREEK = (
 ).split()
 ACCENTS = "overline vec hat widehat tilde widetilde dot ddot".split()
 FIGURES = "angle triangle odot parallel perp measuredangle square".split()
-FUNCTION_LETTERS = set("fghFGHP")
+FUNCTION_LETTERS = set("fghFGH")
 BARS = {"\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 # Names that people type without a backslash.
 TYPED = {*FUNCTIONS, *OF_SEVERAL, "sqrt", "pi", "infty", "theta", "alpha", "beta", "lambda", "frac"}
@@ -123,6 +123,8 @@ class Reader:
             divide = self.take() != "*"
             sign = ["(-1)"] if self.skip("-") else []
             others = self.factors()
+            if divide and len(others) > 1:
+                raise Unreadable("1/2x is a half of x, or 1/(2x)")
             if divide:
                 factors = [f"\\frac{{{multiply(factors)}}}{{{multiply(others)}}}"]
             else:
@@ -173,13 +175,15 @@ class Reader:
         return Fraction(int(above), int(below))
 
     def power(self):
-        base = self.atom()
+        base, raised = self.atom(), False
         while True:
             if self.peek() == "!" and self.peek(1) != "!":
                 self.take()
                 base = f"{wrap(of_limited_size(base))}!"
             elif self.skip("^"):
-                base = f"{wrap(base)}^{{{of_limited_size(self.argument())}}}"
+                if raised:
+                    raise Unreadable("2^3^2 is 8^2, or 2^9")
+                base, raised = f"{wrap(base)}^{{{of_limited_size(self.argument())}}}", True
             elif self.skip("\\degree"):
                 base = f"({base}*\\frac{{\\pi}}{{180}})"
             elif self.skip("%"):
@@ -217,6 +221,11 @@ class Reader:
 
     def command(self, command):
         if command == "frac":
+            above, end = argument(self.tokens, self.position)
+            below, end = argument(self.tokens, end)
+            if is_differential(above) and is_differential(below):
+                self.position = end
+                return name(f"{plain_text(above)} by {plain_text(below)}")
             above = self.argument()
             return f"\\frac{{{above}}}{{{self.argument()}}}"
         if command == "binom":
@@ -320,6 +329,13 @@ class Reader:
 
 # Commands that stand between formulas, and never begin one.
 ENDINGS = {"\\div", "\\rfloor", "\\rceil", "\\degree"}
+
+
+def is_differential(tokens):
+    """dy, d^2 y, dx^2: the parts of a derivative, which isn't d * y / (d * x)."""
+    if len(tokens) < 2 or tokens[0].text != "d":
+        return False
+    return tokens[1].kind == "letters" or tokens[1].text == "^"
 
 
 def multiply(factors):
