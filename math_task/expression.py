@@ -332,10 +332,11 @@ ENDINGS = {"\\div", "\\rfloor", "\\rceil", "\\degree"}
 
 
 def is_differential(tokens):
-    """dy, d^2 y, dx^2: the parts of a derivative, which isn't d * y / (d * x)."""
-    if len(tokens) < 2 or tokens[0].text != "d":
-        return False
-    return tokens[1].kind == "letters" or tokens[1].text == "^"
+    r"""dy, d^2 y, \partial x: the parts of a derivative, which isn't d * y / (d * x)."""
+    first = tokens[0].text if tokens else ""
+    if first in ("d", "\\partial"):
+        return len(tokens) > 1 and (tokens[1].kind != "mark" or tokens[1].text == "^")
+    return first[:1] == "d" and len(first) == 2
 
 
 def multiply(factors):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .expression import GREEK, TYPED, plain_text, split
+from .expression import GREEK, TYPED, is_differential, plain_text, split
 from .tokens import argument, closing, is_group
 
 SHORT_WORDS = set(Path(__file__).with_name("words.txt").read_text("utf-8").split())
@@ -66,11 +66,7 @@ def is_derivative(tokens):
         return False
     above, end = argument(tokens, 1)
     below, end = argument(tokens, end)
-    if end != len(tokens) or not above or not below:
-        return False
-    return {above[0].text[:1], below[0].text[:1]} == {"d"} or (
-        above[0].text == below[0].text == "\\partial"
-    )
+    return end == len(tokens) and is_differential(above) and is_differential(below)
 
 
 def is_function_of_letters(tokens):

@@ -10,21 +10,11 @@ from pathlib import Path
 
 from .tokens import Unreadable, argument, closing
 
-PREFIXES = {"k": 3, "c": -2, "m": -3, "d": -1, "h": 2, "u": -6, "mu": -6, "n": -9}
-PREFIXES |= {"M": 6, "G": 9, "T": 12}
-PREFIX_WORDS = {"kilo": 3, "centi": -2, "milli": -3, "deci": -1, "micro": -6, "nano": -9}
-PREFIX_WORDS |= {"mega": 6, "giga": 9, "tera": 12, "hecto": 2}
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-# What may stand before a thing: 3 different ways, 5 red balls.
-ADJECTIVES = set("different distinct possible unique real positive whole red blue green".split())
-ADJECTIVES |= set("white black yellow full such correct".split())
 POWERS_BEHIND = {"squared": 2, "cubed": 3}
 CURRENCIES = ("$", "€", "£", "¥", "₹", "USD", "EUR", "GBP", "Rs")
-JOINED = ("degree", "degrees", "per", "mu", "a", "p", "A", "P")  # with what follows, as in per cent
-SCALES = {"K", "B", "T"}  # thousands, billions, trillions
-# Letters that are as likely variables: without \text{} they are units only if the other answer has
-# that unit, too.
-AMBIGUOUS = {"mg", "ms", "gm", "pm", "am", "mo", "cal", "as", "ha", "in", "pt", "mi", "set", "bit"}
+SCALES = {"K", "B", "T"}  # kelvin, bytes and tesla, or thousands, billions and trillions
+JOINED = ("degree", "degrees", "per", "mu", "a", "A", "p", "P")  # with what follows: per cent, p.m
 
 
 @dataclass(frozen=True)
@@ -62,32 +52,45 @@ def read_definition(text):
     return unit
 
 
-def spellings(unit, text):
-    """(spelling, unit) for each spelling of a line, with the prefixes it takes."""
-    prefixes = {"": 0}
-    for word in text.replace(";", " NONE").split():
-        if word in ("SI", "WORDS", "NONE"):
-            prefixes = {"SI": PREFIXES, "WORDS": PREFIX_WORDS, "NONE": {}}[word] | {"": 0}
-            continue
-        for prefix, exponent in prefixes.items():
-            yield prefix + word, Unit(unit.factor * Fraction(10) ** exponent, unit.powers)
+def read_file():
+    """The five tables of units.txt, each as a list of lines."""
+    text = Path(__file__).with_name("units.txt").read_text("utf-8")
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    return [block for block in blocks if not block[0].startswith("#")]
+
+
+MEASURES, THINGS, PREFIXES, ADJECTIVES, AMBIGUOUS = read_file()
+THINGS = set(" ".join(THINGS).split())
+ADJECTIVES = set(" ".join(ADJECTIVES).split())
+AMBIGUOUS = set(" ".join(AMBIGUOUS).split())
+
+
+def prefixes(kind):
+    """Each prefix with its factor; without a prefix it is 1."""
+    result = {"": Fraction(1)}
+    for line in PREFIXES:
+        symbol, word, exponent = line.split()
+        if kind in ("SI", "WORDS"):
+            result[symbol if kind == "SI" else word] = Fraction(10) ** int(exponent)
+    return result
 
 
 def read_units():
     """Every spelling of units.txt with its Unit."""
-    file = Path(__file__).with_name("units.txt").read_text("utf-8")
-    _, measures, _, things = file.split("\n\n")
-    units = {thing: base_unit(thing) for thing in things.split()}
-    for line in measures.splitlines():
-        definition, _, text = line.partition(" : ")
-        for spelling, unit in spellings(read_definition(definition), text):
-            units.setdefault(spelling, unit)
+    units = {thing: base_unit(thing) for thing in THINGS}
+    for line in MEASURES:
+        definition, _, spellings = line.partition(" : ")
+        unit, kind = read_definition(definition), ";"
+        for word in spellings.replace(";", " ;").split():
+            if word in ("SI", "WORDS", ";"):
+                kind = word
+                continue
+            for prefix, factor in prefixes(kind).items():
+                units.setdefault(prefix + word, Unit(unit.factor * factor, unit.powers))
     return units
 
 
 UNITS = read_units()
-THINGS = {unit.powers[0][0] for name, unit in UNITS.items() if unit.powers == ((name, 1),)}
-THINGS -= set("m kg s A K mol month gallon tablespoon byte".split())
 
 
 def find_unit(word):
