@@ -132,8 +132,8 @@ def read_choice(tokens):
 
 
 def read_marked_choice(letter, rest):
-    """(B) 12; but (A)(B), (A) or (B), A: B and (A) + 1 aren't one choice."""
-    if rest[0].text in NOT_BEHIND_A_CHOICE:
+    """(B) 12; but (A)(B), (A) or (B), A: B and (A) + 1 aren't one choice, and B: wrong is none."""
+    if rest[0].text in NOT_BEHIND_A_CHOICE or rest[-1].text in ("wrong", "incorrect"):
         return None
     value = read_or_keep(rest)
     for part in value.items if isinstance(value, Items) else (value,):
@@ -150,11 +150,11 @@ def read_list(tokens, parts):
     """1, 2 and 3. x=3, y=4 is (3, 4); x<1 or x>2 is a union; words stay in their order."""
     nodes = flat([read_or_keep(part) for part in parts])
     names = {node.name: node.value for node in nodes if isinstance(node, Named)}
-    if len(names) == len(nodes):
+    either = any(token.text in ("or", "\\or") for token in tokens)
+    if len(names) == len(nodes) and not either:
         in_order = sorted(names)
         values = tuple(names[name] for name in in_order)
         return Named("(" + ",".join(in_order) + ")", Items(values, "="))
-    either = any(token.text in ("or", "\\or") for token in tokens)
     if either and all(isinstance(node, Relation | Between) for node in nodes):
         return SetOperation("union", tuple(nodes))
     return Items(tuple(nodes), "()" if any(map(is_label, nodes)) else "")

@@ -39,7 +39,7 @@ class Worker:
 
     def ask(self, question):
         """(reply, None), or ("", the exit code of a process that has died of the question)."""
-        process, self.process = self.process, None  # whom an interrupt leaves with a late reply
+        process, self.process = self.process, None  # an interrupt must not leave it a late reply
         if process is None or process.poll() is not None:
             process = start()
         try:
