@@ -151,7 +151,9 @@ def read_list(tokens, parts):
     nodes = flat([read_or_keep(part) for part in parts])
     names = {node.name: node.value for node in nodes if isinstance(node, Named)}
     either = any(token.text in ("or", "\\or") for token in tokens)
-    if len(names) == len(nodes) and not either:
+    if len(names) == len(nodes):
+        if either:
+            raise Unreadable("x = 3 or y = 4 is no pair")
         in_order = sorted(names)
         values = tuple(names[name] for name in in_order)
         return Named("(" + ",".join(in_order) + ")", Items(values, "="))

@@ -186,6 +186,8 @@ class Library:
         for bracket, bound in zip(node.brackets, items, strict=True):
             if bracket in "[]" and not bound.is_finite:
                 raise ValueError("infinity belongs to no set of real numbers")
+        if not items[0] < items[1]:
+            raise ValueError("an interval is never empty")  # but (2, 1) is a point
         return sympy.Interval(*items, node.brackets[0] == "(", node.brackets[1] == ")")
 
     def half_line(self, relation):
