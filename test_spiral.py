@@ -3202,3 +3202,48 @@ UNSAFE += r"torch\.load\((?!.*weights_only=True)|trust_remote_code\W+\b(?!False)
 @each("module", [spiral, tasks])
 def test_nothing_evaluates_unpickles_or_runs_a_model_s_code(module):
     assert not re.search(UNSAFE, Path(module.__file__).read_text())
+
+
+# ---- README.md ----
+
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def test_links_of_the_readme_lead_to_what_they_name():
+    lines = (HERE / "spiral.py").read_text("utf-8").splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(spiral\.py#L(\d+)\)", README)
+    assert len(links) > 10
+    for name, number in links:
+        assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), name
+
+
+def test_links_of_all_pages_lead_to_files():
+    for page in (*HERE.glob("*.md"), *HERE.glob("*/*.md"), *HERE.glob("experiments/results/*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_pencil_of_the_readme():
+    """Its four sets, their rewards, and the advantages that it computes from them."""
+    sets = torch.tensor([[[6, 4, 1, 2], [5, 7, 3, 4], [8, 7, 2, 1], [5, 6, 8, 3]]]) - 1
+    rewards = torch.tensor([[[1, 1, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]]).float()
+    credit = spiral.search_advantages(rewards, sets, num_traces=8, balanced=True)
+    assert credit[0, [0, 4, 1]].tolist() == pytest.approx([0.125, -0.125, 0.125])
+    advantages = spiral.aggregation_advantages(rewards)
+    assert advantages[0, 0].tolist() == pytest.approx([0.0208, 0.0208, -0.0625, 0.0208], abs=1e-4)
+
+
+def test_the_task_of_the_readme_works_as_written(monkeypatch, tmp_path):
+    """With the tiny model and one step in place of the model that it asks for."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(spiral, "main", asked.append)
+        exec(block, {})
+    (arguments,) = asked
+    assert spiral.parse_config(arguments).task == "parity"
+    options = "--task parity --steps 1 --problems 2 --eval-problems 4 --out"
+    assert run(options, tmp_path) == 0
