@@ -237,9 +237,11 @@ def main(arguments=None):
     parser.add_argument("--table", nargs="+", metavar="WORD", help="print this table")
     parser.add_argument("--fill", nargs="+", type=Path, default=[], metavar="PAGE")
     parser.add_argument("--version", type=int, help="of rows; default: that of the pages")
+    parser.add_argument("--split", default=raw.SHOWN_SPLIT, help="of the problems: validation")
     args = parser.parse_args(arguments)
     if args.version:
         raw.SHOWN_VERSION = args.version
+    raw.SHOWN_SPLIT = args.split
     plt.rcParams.update(STYLE)
     if args.table:
         print(tables.table(args.table))

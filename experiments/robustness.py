@@ -2,8 +2,8 @@
 
     python experiments/robustness.py 100     # so many kills; writes results/robustness.json
 
-Each run has to end with the bytes of an undisturbed one, weights and optimizer, and with its metrics
-but for what a clock says.
+Each run has to end as an undisturbed one: with the bytes of its weights and optimizer, and with its
+metrics, but for what a clock says.
 """
 
 import json

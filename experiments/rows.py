@@ -26,6 +26,7 @@ import numpy as np
 # Rows of version 1 don't name it.
 VERSION = 2
 SHOWN_VERSION = 1
+SHOWN_SPLIT = "test"
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STUDY = RESULTS / "study"
@@ -83,11 +84,13 @@ def load_runs(setting="short", tokens=1_000_000):
     """The evaluated policies of a setting after so many training tokens: {run: {seed: row}}.
 
     The untrained policy (0 tokens) belongs to every budget. All seeds of a run have the options of
-    its first row: rows with other options are left out, and those of validation problems.
+    its first row: rows with other options are left out.
     """
     runs = {}
     for row in of_version(read_rows(STUDY / "evaluation.jsonl.gz"), SHOWN_VERSION):
-        if row["setting"] != setting or row["tokens"] not in (0, tokens) or row["split"] != "test":
+        if row["setting"] != setting or row["tokens"] not in (0, tokens):
+            continue
+        if row["split"] != SHOWN_SPLIT:
             continue
         seeds = runs.setdefault(row["run"], {})
         if all(other["options"] == row["options"] for other in seeds.values()):

@@ -113,9 +113,8 @@ def make_piece(args, part, run, seed, options=(), budgets=(0,), splits=("test",)
         "traces": args.traces,
         "populations": args.populations,
     }
-    if part == "tune":  # pass@16 and one pipeline will do
+    if part == "tune":
         evaluation["traces"] = 16
-        evaluation["populations"] = f"{POPULATION}:2"
     return {
         "version": raw.VERSION,
         "part": part,
@@ -131,13 +130,18 @@ def make_piece(args, part, run, seed, options=(), budgets=(0,), splits=("test",)
 
 
 def rows_of_piece(piece):
-    """The beginnings of its rows: one for each budget and split."""
+    """The beginnings of its rows: one for each budget and split. On validation problems, which only
+    decide between rivals, two steps of one population will do."""
     shared = dict(piece)
     budgets = shared.pop("budgets")
     splits = shared.pop("splits")
     for tokens, split in itertools.product(budgets, splits):
-        name = json.dumps([piece["folder"], piece["seed"], tokens, split, piece["evaluation"]])
-        yield {**shared, "tokens": tokens, "split": split, "lattice": False, "id": name}
+        evaluation = dict(piece["evaluation"])
+        if split == "validation":
+            evaluation["populations"] = f"{POPULATION}:2"
+        name = json.dumps([piece["folder"], piece["seed"], tokens, split, evaluation])
+        row = {"tokens": tokens, "split": split, "evaluation": evaluation}
+        yield shared | row | {"lattice": False, "id": name}
 
 
 def rows_done(results):
@@ -362,7 +366,10 @@ def tuned_options(args, rival, results):
 
 def pieces_of_tuning(args):
     for rival in args.rivals.split(","):
-        for name, options in choices(args, rival).items():
+        trials = choices(args, rival)
+        if len(trials) == 1:  # there is nothing to choose
+            continue
+        for name, options in trials.items():
             yield make_piece(
                 args,
                 part="tune",
