@@ -34,6 +34,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,7 +147,7 @@ def compare(case, turn):
 # ---- Random weights ------------------------------------------------------------------------------
 
 
-def random_policy(rows, max_prompt_tokens, max_tokens, mean_length=0, vocabulary=1275):
+def random_policy(mean_length=0, vocabulary=1275):
     """A small Qwen3. So many of its tokens end a completion that it has `mean_length` (0: none)."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**TINY, vocab_size=vocabulary)
@@ -154,8 +155,7 @@ def random_policy(rows, max_prompt_tokens, max_tokens, mean_length=0, vocabulary
     model = model.eval().to(DEVICE)
     num_ends = vocabulary // mean_length if mean_length else 0
     tokenizer = SimpleNamespace(eos_ids=range(num_ends))
-    memory = spiral.Memory(model, rows, max_prompt_tokens, max_tokens)
-    return spiral.Policy(model, tokenizer, memory)
+    return spiral.Policy(model, tokenizer, spiral.Memory(model, gigabytes=1))
 
 
 def random_tokens(shortest, longest, count):
@@ -253,8 +253,7 @@ def rollout(shrink):
         chosen = problems[seed * num_problems : (seed + 1) * num_problems]
         seeds = [1000 * seed + i for i in range(num_problems)]
         generators = [torch.Generator().manual_seed(number) for number in seeds]
-        curve = torch.arange(5) / 4
-        spiral.rollout(policy, task, chosen, config, generators, curve)
+        spiral.rollout(policy, task, chosen, config, generators)
 
     compare_sampling("rollout", policy, run)
 
@@ -263,17 +262,12 @@ def compare_sampling_case(name, case, shrink):
     shortest = case.shortest_prompt // shrink
     longest = case.longest_prompt // shrink
     max_tokens = case.max_tokens // shrink
-    policy = random_policy(
-        rows=case.num_prompts * case.num_samples,
-        max_prompt_tokens=longest,
-        max_tokens=max_tokens,
-        mean_length=case.mean_length // shrink,
-    )
+    policy = random_policy(mean_length=case.mean_length // shrink)
 
     def run(seed):
         torch.manual_seed(seed)
         prompts = random_tokens(shortest, longest, count=case.num_prompts)
-        spiral.sample(policy, prompts, max_tokens, 1.0, case.num_samples)
+        spiral.sample(policy, prompts, max_tokens, num_samples=case.num_samples)
 
     compare_sampling(name, policy, run)
 
@@ -298,8 +292,8 @@ def compare_update(policy, count, shortest, longest, shrink):
     prompt = [token for trace in traces for token in trace]
     completions = []
     for tokens in random_tokens(shortest // shrink, longest // shrink, count=count):
-        completion = spiral.Completion(0, 0, 0, None, 1, tokens, tokens, advantage=1)
-        completions.append(completion)
+        logprobs = [0.0] * len(tokens)  # their values don't matter
+        completions.append(spiral.Completion(tokens=tokens, logprobs=logprobs, advantage=1))
     shared = [spiral.Group(prompt, completions)]
     repeated = [spiral.Group(list(prompt), [completion]) for completion in completions]
     num_tokens = sum(len(completion.tokens) for completion in completions)
@@ -313,14 +307,14 @@ def compare_update(policy, count, shortest, longest, shrink):
 
 
 def update(shrink):
-    policy = random_policy(rows=1, max_prompt_tokens=1, max_tokens=1)
+    policy = random_policy()
     compare_update(policy, count=4, shortest=256, longest=1024, shrink=shrink)
     compare_update(policy, count=8, shortest=256, longest=1024, shrink=shrink)
     compare_update(policy, count=8, shortest=64, longest=256, shrink=shrink)
 
 
 def memory(shrink):
-    policy = random_policy(rows=1, max_prompt_tokens=1, max_tokens=1, vocabulary=151936)
+    policy = random_policy(vocabulary=151936)
     num_tokens = 4096 // shrink**2
     hidden = torch.randn(num_tokens, 128, device=DEVICE, requires_grad=True)
     targets = torch.randint(1274, (num_tokens,), device=DEVICE)
@@ -377,7 +371,7 @@ def trl_step(model):
 
 def our_step(model):
     """Two steps here, of which the second is reported."""
-    config = spiral.Config(model=model, rows=32, max_prompt_tokens=400)
+    config = spiral.Config(model=model)
     policy = spiral.load_policy(config)
     optimizer = spiral.make_optimizer(policy.model, config.lr)
     prompts = [policy.tokenizer.chat(text) for text in SUMS]
@@ -393,7 +387,9 @@ def our_step(model):
         spiral.update(policy, optimizer, groups, len(prompts), config)
 
     for _ in range(2):
-        completions, sampling_seconds = clock(spiral.sample, policy, prompts, 64, 1.0, 8)
+        completions, sampling_seconds = clock(
+            partial(spiral.sample, policy, prompts, max_new_tokens=64, num_samples=8)
+        )
         _, update_seconds = clock(update_on, completions)
 
     copy_rate, matmul_rate = machine_limits()

@@ -41,6 +41,16 @@ def curve_advantages(trace_rewards, curve, set_size):
     return credit[right, right_others]
 
 
+def other_sets_advantages(rewards):
+    """b_km = (r_km - mean reward of the other sets' answers) / (K N2): a problem's rewards [K, N2]
+    -> [K, N2]. For N2 = 1, where a set has no other answers for a baseline. It is unbiased as well:
+    given the traces, the answers of different sets are independent."""
+    num_sets, num_answers = rewards.shape
+    of_set = rewards.sum(1, keepdim=True)
+    others_mean = (rewards.sum() - of_set) / ((num_sets - 1) * num_answers)
+    return (rewards - others_mean) / rewards.numel()
+
+
 def response_counts(group, set_size):
     """[2, n + 1]: a problem's aggregations that were right, and all, by how many of the n
     candidates were right."""

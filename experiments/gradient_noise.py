@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import spiral  # noqa: E402
 import tasks  # noqa: E402
+from experiments import credits  # noqa: E402
 
 RESULT = Path(__file__).parent / "results/gradient_noise.json"
 NUM_TRACES = 8  # N1
@@ -49,6 +50,7 @@ class Credit:
 CREDITS = {
     "set, K=4 N2=4": Credit([0, 0, 0, 0, 0], residual=1),
     "set, K=8 N2=2": Credit([0, 0, 0, 0, 0], residual=1, num_sets=8, num_aggregations=2),
+    "set, K=16 N2=1": Credit([0, 0, 0, 0, 0], residual=1, num_sets=16, num_aggregations=1),
     "curve + residual": Credit(None, residual=1),
     "curve + residual / 4": Credit(None, residual=0.25),
     "curve": Credit(None),
@@ -81,7 +83,7 @@ def gradient_of(policy, prompt, completion):
 def roll_out(policy, task, problem, config, num_rollouts, generator):
     """Rollouts of one problem."""
     num_traces = num_rollouts * NUM_TRACES
-    (traces,) = spiral.search(policy, task, [problem], config, num_traces, generator)
+    (traces,) = spiral.search(policy, task, [problem], config, num_traces, [generator])
     gradients = torch.stack(
         [gradient_of(policy, traces.prompt, completion) for completion in traces.completions]
     )
@@ -90,13 +92,12 @@ def roll_out(policy, task, problem, config, num_rollouts, generator):
     sets = []
     for start in range(0, num_traces, NUM_TRACES):
         sets += [[start + member for member in chosen] for chosen in SETS]
-    (answers,) = spiral.aggregate(
-        policy, task, [problem], [traces], [sets], config, NUM_AGGREGATIONS, generator
-    )
+    sets = torch.tensor(sets)
+    spiral.aggregate(policy, task, [traces], [sets], config, NUM_AGGREGATIONS, [generator])
+    answers = traces.aggregations
 
-    trace_tokens = sum(len(trace.tokens) for trace in traces.completions) / num_rollouts
-    lengths = [len(answer.tokens) for group in answers for answer in group.completions]
-    mean_length = sum(lengths) / len(lengths)
+    trace_tokens = spiral.statistics([traces])["tokens"] / num_rollouts
+    mean_length = spiral.statistics(answers)["length"]
     return Rollouts(
         products=products.view(num_rollouts, NUM_TRACES, num_rollouts, NUM_TRACES),
         rewards=spiral.rewards_of([traces]).view(num_rollouts, NUM_TRACES),
@@ -124,7 +125,7 @@ def moments(rollouts, credit, curve):
     num_rollouts = len(rewards)
     all_sets = torch.tensor(SETS).expand(num_rollouts, -1, -1)  # [R, 70, n]
     num_right = rewards[:, SETS].sum(-1).long()  # [R, 70]
-    from_curve = spiral.curve_advantages(rewards, curve, SET_SIZE)  # [R, N1]
+    from_curve = credits.curve_advantages(rewards, curve, SET_SIZE)  # [R, N1]
     residual = credit.residual * (scores - curve[num_right][..., None])  # [R, 70, N2]
 
     true = spiral.search_advantages(scores, all_sets, NUM_TRACES)  # [R, N1]
@@ -132,13 +133,13 @@ def moments(rollouts, credit, curve):
 
     generator = torch.Generator().manual_seed(0)
     drawn = [
-        spiral.draw_sets(NUM_TRACES, SET_SIZE, credit.num_sets, generator, True)
+        spiral.draw_sets(NUM_TRACES, SET_SIZE, credit.num_sets, generator, balanced=True)
         for _ in range(DRAWS)
     ]
     indices = [[SETS.index(sorted(chosen)) for chosen in sets.tolist()] for sets in drawn]
     of_drawn = residual[:, indices, : credit.num_aggregations].flatten(0, 1)  # [R * D, K, N2]
     drawn_sets = torch.stack(drawn).repeat(num_rollouts, 1, 1)  # [R * D, K, n]
-    noisy = spiral.search_advantages(of_drawn, drawn_sets, NUM_TRACES, True)
+    noisy = spiral.search_advantages(of_drawn, drawn_sets, NUM_TRACES, balanced=True)
     noisy = noisy.view(num_rollouts, DRAWS, NUM_TRACES) + from_curve[:, None]
     squares = torch.einsum("rdi,rirj,rdj->rd", noisy, rollouts.products, noisy)
     return [
@@ -173,7 +174,7 @@ def lattice_estimate(policy, rewards, curve):
     middles = (shifts[1:] + shifts[:-1])[:, None] / 2  # [S, 1] of the intervals between them
     words = torch.searchsorted(cdf, (torch.arange(NUM_TRACES) + middles) / NUM_TRACES)  # [S, N1]
     words = words.clamp(max=num_words - 1)
-    advantages = spiral.curve_advantages(rewards[words], curve, SET_SIZE).double()  # [S, N1]
+    advantages = credits.curve_advantages(rewards[words], curve, SET_SIZE).double()  # [S, N1]
     log_gradients = torch.eye(num_words)[words] - policy  # [S, N1, V]
     gradients = (advantages[:, None] @ log_gradients)[:, 0]  # [S, V]
     return shifts.diff() @ gradients
@@ -221,7 +222,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    config = spiral.Config(model=args.model, max_trace_tokens=24, max_aggregation_tokens=48)
+    config = spiral.Config(model=args.model)
     policy = spiral.load_policy(config)
     task = tasks.make_task(config.task)
     generator = torch.Generator().manual_seed(args.seed)

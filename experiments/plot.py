@@ -3,6 +3,7 @@
     python experiments/plot.py                                  # all figures, all pages
     python experiments/plot.py --table levels short 1000000     # prints one table (tables.py)
     python experiments/plot.py --fill experiments/STUDY.md      # only the tables of this page
+    python experiments/plot.py --version 2 --table levels short 2000000     # of newer rows
     python experiments/plot.py runs/A runs/B                    # curves of any runs, to curves.png
 
 The figures are made for a page 700 pixels wide. Shaded bands and error bars are 95% intervals.
@@ -163,6 +164,7 @@ def draw_noise():
 REAL_MODEL_LABELS = {
     "base": "untrained",
     "grpo": "GRPO",
+    "none": "SPIRAL, no search credit",
     "trace": "SPIRAL, trace credit",
     "set": "SPIRAL, set credit",
     "pass": "SPIRAL, pass credit",
@@ -174,7 +176,8 @@ def draw_real_model():
     """For every seed a pair of dots: one trace, and one answer that has read four."""
     scores = tables.real_model_scores()
     figure, axis = plt.subplots(figsize=(7, 4.4))
-    for position, name in enumerate(REAL_MODEL_LABELS):
+    names = [name for name in REAL_MODEL_LABELS if name in scores]
+    for position, name in enumerate(names):
         for number, seed in enumerate(scores[name]):
             height = position + 0.2 * (number - 1)
             pair = seed["pass@1"], seed["aggregate@4"]
@@ -183,7 +186,7 @@ def draw_real_model():
             labels = ("one trace", "one aggregation of four traces") if first else (None, None)
             for value, colour, label in zip(pair, ("#d95f02", "#1f4fbf"), labels, strict=True):
                 axis.scatter(value, height, color=colour, s=36, zorder=2, label=label)
-    axis.set_yticks(range(len(REAL_MODEL_LABELS)), REAL_MODEL_LABELS.values())
+    axis.set_yticks(range(len(names)), [REAL_MODEL_LABELS[name] for name in names])
     axis.invert_yaxis()
     axis.set_xlim(0, 0.75)
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
@@ -201,7 +204,7 @@ CURVES = {
     "tokens a trace": ("search", "length"),
     "reward of aggregations": ("aggregation", "reward"),
     "gradient norm": ("grad_norm",),
-    "aggregation right, by right candidates": ("curve",),
+    "aggregations cut off": ("aggregation", "truncated"),
 }
 
 
@@ -233,7 +236,12 @@ def main(arguments=None):
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs, for their curves")
     parser.add_argument("--table", nargs="+", metavar="WORD", help="print this table")
     parser.add_argument("--fill", nargs="+", type=Path, default=[], metavar="PAGE")
+    parser.add_argument("--version", type=int, help="of rows; default: that of the pages")
+    parser.add_argument("--split", default=raw.SHOWN_SPLIT, help="of the problems: validation")
     args = parser.parse_args(arguments)
+    if args.version:
+        raw.SHOWN_VERSION = args.version
+    raw.SHOWN_SPLIT = args.split
     plt.rcParams.update(STYLE)
     if args.table:
         print(tables.table(args.table))

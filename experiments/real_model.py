@@ -6,8 +6,8 @@
     python experiments/real_model.py --transcripts    # what the finished runs of seed 0 wrote
     python experiments/plot.py                        # the tables and the figure
 
-The untrained model, GRPO, and SPIRAL with each kind of search credit train LoRA adapters on
-arithmetic, 3 seeds each, for equally many sampled tokens. Each run becomes a row of
+The untrained model, GRPO, and SPIRAL with each kind of search credit and with none train LoRA
+adapters on arithmetic, 3 seeds each, for equally many sampled tokens. Each run becomes a row of
 results/real_model.jsonl and isn't done again. All rivals finish a seed before the next one begins.
 """
 
@@ -28,12 +28,14 @@ import rows as raw  # noqa: E402
 
 import spiral  # noqa: E402
 import tasks  # noqa: E402
+from experiments import show  # noqa: E402
 
 ROWS = raw.RESULTS / "real_model.jsonl"
 PRESET = HERE.parent / "presets" / "smollm2-135m-arithmetic-cpu.args"
 RIVALS = {
     "base": {},
     "grpo": {"algo": "grpo"},
+    "spiral none": {"search_credit": "set", "search_weight": 0.0},
     "spiral curve": {"search_credit": "curve"},
     "spiral set": {"search_credit": "set"},
     "spiral trace": {"search_credit": "trace"},
@@ -79,18 +81,47 @@ def train(policy, task, config, budget):
     num_tokens = 0
     steps = []
     while num_tokens < budget:
-        stats, records = spiral.train_step(policy, optimizer, task, problems, state, config)
-        for record in records:
-            num_tokens += sum(len(completion.tokens) for completion in record.completions())
+        stats, groups = spiral.train_step(policy, optimizer, task, problems, state, config)
+        answers = spiral.aggregations_of(groups)
+        num_tokens += spiral.statistics(groups + answers)["tokens"]
         steps.append({"tokens": num_tokens, **stats})
     return steps
 
 
+def evaluate(policy, task, problems, config, seed):
+    """Mean scores of 8 traces, of 8 aggregations of 4 of them each, and of the votes of both."""
+    size = config.eval_traces
+    seeds = [seed * 1_000_003 + number for number in range(len(problems))]
+    config = replace(config, rsa_steps=1)
+    traces, answers = spiral.recursive_self_aggregation(policy, task, problems, config, seeds)
+    rewards = spiral.rewards_of(traces)  # [P, 8]
+    answer_rewards = spiral.rewards_of(answers)  # [P, 8]
+    right_candidates = []
+    for group in traces:
+        for answer in group.aggregations:
+            right_candidates.append([group.completions[j].reward for j in answer.candidates])
+    hopeless = torch.tensor(right_candidates).sum(1).view_as(answer_rewards) == 0
+    votes = [spiral.vote_reward(task, group) for group in traces]
+    answer_votes = [spiral.vote_reward(task, group) for group in answers]
+    scores = {
+        "pass@1": rewards,
+        f"pass@{size}": rewards.amax(1),
+        f"majority@{size}": torch.tensor(votes),
+        f"aggregate@{config.set_size}": answer_rewards,
+        "vote of aggregations": torch.tensor(answer_votes),
+        "hopeless sets": hopeless,  # all of their traces are wrong
+        "emergent": answer_rewards * hopeless,
+    }
+    means = {name: values.float().mean().item() for name, values in scores.items()}
+    stats = spiral.statistics(traces)
+    return means | {name: stats[name] for name in ("length", "entropy", "truncated")}
+
+
 def write_transcript(policy, task, problem, config, generator):
     """What the policy writes for a problem in both roles, whether or not it was trained in both."""
-    config = replace(config, algo="spiral")
-    (record,) = spiral.rollout(policy, task, [problem], config, [generator], torch.zeros(5))
-    return spiral.transcript(task, record)
+    config = replace(config, algo="spiral", search_credit="set")
+    (group,) = spiral.rollout(policy, task, [problem], config, [generator])
+    return show.transcript(task, group)
 
 
 def make_row(name, seed, args):
@@ -103,11 +134,12 @@ def make_row(name, seed, args):
 
     split = "test" if seed < FIRST_VALIDATION_SEED else "validation"
     problems = task.problems(split, args.problems, 0)
+    scores = evaluate(policy, task, problems, config, seed)
     generator = torch.Generator().manual_seed(seed)
-    scores = spiral.evaluate(policy, task, problems, config, generator)
     return {
         "name": name,
         "seed": seed,
+        "version": raw.VERSION,
         "config": asdict(config),
         "steps": steps,
         "scores": scores,
@@ -124,7 +156,8 @@ def do_run(name, seed, args):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return
-        done = [(row["name"], row["seed"]) for row in raw.read_rows(ROWS)]
+        rows = raw.of_version(raw.read_rows(ROWS), raw.VERSION)
+        done = [(row["name"], row["seed"]) for row in rows]
         if (name, seed) not in done:
             print(f"==== {name}, seed {seed} ====", flush=True)
             raw.append_row(ROWS, make_row(name, seed, args))

@@ -6,16 +6,27 @@ A file of rows holds one JSON object a line, and is compressed if its name ends 
 one trained policy, in results/study/evaluation.jsonl.gz, hold for each of P problems:
 
     right       how many of the 64 traces are right
-    rsa         right members of the population, [generators][steps + 1][P]
-    votes       1 where the vote of the population is right, of the same shape
+    rsa         right members of a population of 8 after each step of self-aggregation,
+                [generators][steps + 1][P]
+    votes       1 where the vote of that population is right, of the same shape
     hits        of the disjoint subsets of k traces, how many hold a right one (for lattices)
+
+Since version 2 they hold the answers as well; study.py says how.
 """
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+# Rows of different versions are never compared. Raise VERSION when a change of spiral.py, tasks.py
+# or study.py changes what is sampled, trained or measured; tables and figures show SHOWN_VERSION.
+# Rows of version 1 don't name it.
+VERSION = 2
+SHOWN_VERSION = 1
+SHOWN_SPLIT = "test"
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STUDY = RESULTS / "study"
@@ -52,6 +63,10 @@ def read_rows(path):
     return [json.loads(line) for line in complete_lines]
 
 
+def of_version(rows, version):
+    return [row for row in rows if row.get("version", 1) == version]
+
+
 def append_row(path, row):
     """Adds a row in a single write, so that processes can share the file.
 
@@ -72,8 +87,10 @@ def load_runs(setting="short", tokens=1_000_000):
     its first row: rows with other options are left out.
     """
     runs = {}
-    for row in read_rows(STUDY / "evaluation.jsonl.gz"):
+    for row in of_version(read_rows(STUDY / "evaluation.jsonl.gz"), SHOWN_VERSION):
         if row["setting"] != setting or row["tokens"] not in (0, tokens):
+            continue
+        if row["split"] != SHOWN_SPLIT:
             continue
         seeds = runs.setdefault(row["run"], {})
         if all(other["options"] == row["options"] for other in seeds.values()):
@@ -112,6 +129,42 @@ def vote_curve(row):
     return np.mean(row["votes"], axis=0).T
 
 
+def most_frequent(answers):
+    """The answer with the most votes; of several, the one seen first. -1, no answer, has none."""
+    votes = Counter(answer for answer in answers if answer >= 0)
+    return max(votes, key=votes.get, default=-1)
+
+
+def votes_of_traces(row):
+    """How often the vote of k traces is right, k = 1, 2, 4 .. S: the mean over the disjoint blocks
+    of k of the S traces, [P, log2(S) + 1]."""
+    num_traces = row["evaluation"]["traces"]
+    right = np.zeros((len(row["traces"]), num_traces.bit_length()))
+    for problem, answers in enumerate(row["traces"]):
+        for i in range(num_traces.bit_length()):
+            blocks = np.reshape(answers, (-1, 2**i)).tolist()
+            winners = [most_frequent(block) for block in blocks]
+            right[problem, i] = np.mean([w in row["right_answers"][problem] for w in winners])
+    return right
+
+
+def budget_points(row):
+    """Ways to answer, of version 2: {name: (tokens a problem, whether the answer is right [P])}."""
+    points = {}
+    trace_tokens = np.mean(row["trace_tokens"]) / row["evaluation"]["traces"]
+    for i, right in enumerate(votes_of_traces(row).T):
+        points[f"vote of {2**i} traces"] = (2**i * trace_tokens, right)
+    for population, pipeline in row["pipelines"].items():
+        tokens = np.cumsum(np.mean(pipeline["tokens"], axis=1))  # of all steps so far
+        for step, answers in enumerate(pipeline["answers"][:4]):
+            winners = [most_frequent(of_problem) for of_problem in answers]
+            pairs = zip(winners, row["right_answers"])
+            right = np.array([float(winner in numbers) for winner, numbers in pairs])
+            name = f"{population} traces, {step} x {population} aggregations, a vote"
+            points[name] = (tokens[step], right)
+    return points
+
+
 def measures(row):
     """What the tables show of an evaluated policy: {measure: one number for each problem}."""
     passed = pass_curve(row)
@@ -120,6 +173,7 @@ def measures(row):
     last = recursion.shape[1] - 1
     return {
         "one trace (pass@1)": passed[:, 0],
+        "one of 8 traces (pass@8)": passed[:, 3],
         "one of 16 traces (pass@16)": passed[:, 4],
         "one of 64 traces (pass@64)": passed[:, 6],
         "vote of 8 traces": vote[:, 0],
@@ -166,13 +220,14 @@ def interval(values):
 def paired(runs, names, measure):
     """measure(row) of the seeds that all named runs have: one array [seeds, P, ...] for each name.
 
-    The untrained policy has no seeds: its one row is compared with every seed of another run.
+    Where the untrained policy has one row, it is compared with every seed of another run: there,
+    seeds are evaluations alone.
     """
-    seeds = [set(runs[name]) for name in names if name not in ("base", "base (lattice)")]
+    seeds = [set(runs[name]) for name in names if len(runs[name]) > 1 or "base" not in name]
     shared = sorted(set.intersection(*seeds)) if seeds else [0]
     arrays = []
     for name in names:
-        rows = [runs[name][0 if name.startswith("base") else seed] for seed in shared]
+        rows = [runs[name].get(seed, runs[name].get(0)) for seed in shared]
         arrays.append(np.array([measure(row) for row in rows]))
     return arrays
 

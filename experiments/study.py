@@ -1,22 +1,30 @@
 """The study: what should a search trace earn? This trains and evaluates; plot.py shows the results.
 
-    python experiments/study.py                              # the full plan, about 18 CPU hours
-    python experiments/study.py main --seeds 2 --tokens 1000000 --generators 1        # less of it
-    python experiments/study.py main --setting long --seeds 3 --rivals grpo,none,set
-    python experiments/study.py --quick                      # everything in miniature, 5 minutes
+    python experiments/study.py main                         # every rival, 5 seeds
+    python experiments/study.py main --seeds 2 --tokens 1000000 --rivals grpo,none,set
+    python experiments/study.py main --rivals none,set=0.05 --tokens 10000000 --every 2000000
+    python experiments/study.py --quick                      # everything in miniature, minutes
 
 Compared are the untrained policy (base), GRPO, and SPIRAL with each search credit and with none, at
-an equal budget of sampled tokens, each with the options that the same tuning chose for it.
+an equal budget of sampled tokens. STUDY.md says what is planned, with the exact commands.
 
-tune     every rival with every learning rate and search weight, judged on validation problems
-main     the rivals, trained and evaluated on test problems
-depth    an aggregator that trains on sets of aggregations too, with the credit --best
-lattice  the policies of main, evaluated with lattices of traces
+tune   every rival with every learning rate and search weight, judged on validation problems
+main   the rivals, trained and evaluated on test problems. set=0.05 is set credit at this weight;
+       where no weight is named, tuning chooses, or the only one of --weights is taken
 
-A piece of work is a process: it trains until the budget is spent, evaluates, and appends a row to
-evaluation.jsonl.gz (rows.py says what it holds). Seeds are the outermost loop, so a study that is
-cut off at any moment (Ctrl-C, or `timeout`) holds whole comparisons. The same command goes on, and
-more seeds or tokens build on what is there.
+A piece of work is a process: it trains until a budget is spent, evaluates, appends a row to
+evaluation.jsonl.gz, and goes on to the next budget. Seeds are the outermost loop, so a study that
+is cut off at any moment (Ctrl-C, or `timeout`) holds whole comparisons. The same command goes on,
+and more seeds or tokens build on what is there. Rows and runs of another raw.VERSION don't count.
+
+rows.py says what the rows of every version hold. These hold more, for each of P problems, where an
+answer is a small number of the problem's own, and -1 is no answer:
+
+    right_answers   which answers are right
+    traces          the answers of the traces, [P][traces]; trace_tokens: their tokens, [P]
+    pipelines       {population: {"answers": [steps + 1][P][population], "tokens": [steps + 1][P]}}:
+                    recursive self-aggregation, from other traces
+    response        how many first aggregations were right, and all, by how many candidates were
 """
 
 import argparse
@@ -24,6 +32,7 @@ import fcntl
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +50,7 @@ import tables  # noqa: E402
 
 import spiral  # noqa: E402
 import tasks  # noqa: E402
+from experiments import credits  # noqa: E402
 
 # How much room a trace has. short: one attempt, so that only a set searches; long: several.
 SETTINGS = {
@@ -61,11 +71,11 @@ RIVALS = {
 }
 # Rivals without a search weight to choose: GRPO has one role, and "none" is the weight 0.
 FIXED_WEIGHTS = {"grpo": "1", "none": "0"}
-POPULATION = 8  # of repeated aggregation
+POPULATION = 8  # of the pipeline that the tables show
 EVALUATION_FILE = "evaluation.jsonl.gz"
 TRAINING_FILE = "training.jsonl.gz"
 TUNING_FILE = "tuning.jsonl.gz"
-PARTS = ("tune", "main", "depth", "lattice")
+PARTS = ("tune", "main")
 FULL = {
     "seeds": 5,
     "tokens": 2_000_000,  # sampled in training, by each run
@@ -73,9 +83,9 @@ FULL = {
     "lrs": "5e-5,1e-4",
     "weights": "0.05,0.2",  # of the search term
     "problems": 300,  # held out
+    "skip": 300,  # the first ones of the test split, which the rows of version 1 have used
     "traces": 64,  # of each, for pass@k
-    "rsa_steps": 10,
-    "generators": 2,  # times that repeated aggregation runs, from other traces
+    "populations": "4:3,8:10,16:3",  # of self-aggregation, each with its steps
 }
 QUICK = {
     "seeds": 1,
@@ -83,88 +93,66 @@ QUICK = {
     "tune_tokens": 10_000,
     "lrs": "1e-4",
     "weights": "0.2,1",
-    "problems": 10,
-    "traces": 16,
-    "rsa_steps": 2,
-    "generators": 2,
+    "problems": 6,
+    "skip": 4,
+    "traces": 64,
+    "populations": "4:1,8:2",
 }
-
-
-# ---- An ablation, as a patch of spiral.py in the process of its run ------------------------------
-
-
-def second_level():
-    """Sets of the first level's aggregations are aggregated too, for rewards of their own."""
-    plain_rollout = spiral.rollout
-    plain_counts = spiral.response_counts
-    plain_transcript = spiral.transcript
-
-    def rollout_of_two_levels(policy, task, problems, config, generators, curve):
-        records = plain_rollout(policy, task, problems, config, generators, curve)
-        groups = []
-        sets = []
-        for record, generator in zip(records, generators, strict=True):
-            answers = [answer for group in record.aggregations for answer in group.completions]
-            groups.append(spiral.Group(prompt=[], completions=answers))
-            sets.append(spiral.draw_sets(len(answers), config.set_size, config.num_sets, generator))
-        new_answers = spiral.aggregate(
-            policy, task, problems, groups, sets, config, config.num_aggregations, generators
-        )
-        rewards = torch.stack([spiral.rewards_of(answers) for answers in new_answers])
-        advantages = spiral.aggregation_advantages(rewards)
-        all_groups = [group for groups in new_answers for group in groups]
-        spiral.assign_advantages(all_groups, advantages, config.target_length)
-        for record, answers in zip(records, new_answers, strict=True):
-            record.aggregations += answers
-        return records
-
-    def first_level(record):
-        return replace(record, aggregations=record.aggregations[: len(record.sets)])
-
-    def counts_of_first_level(records, set_size):
-        return plain_counts([first_level(record) for record in records], set_size)
-
-    def transcript_of_first_level(task, record):
-        return plain_transcript(task, first_level(record))
-
-    spiral.rollout = rollout_of_two_levels
-    spiral.response_counts = counts_of_first_level
-    spiral.transcript = transcript_of_first_level
 
 
 # ---- A piece of work: a dict that is handed to a process of its own ------------------------------
 
 
-def make_piece(args, part, run, seed, options=(), tokens=0, lattice=False, patch=""):
+def make_piece(args, part, run, seed, options=(), budgets=(0,), splits=("test",)):
     """`folder` is named after the training alone: evaluations and larger budgets share it."""
     options = [*SETTINGS[args.setting], *options]
-    checksum = zlib.crc32(json.dumps([options, patch]).encode())
-    folder = f"{args.setting}-{run.replace(' ', '-')}-{seed}-{checksum:08x}"
-    split = "validation" if part == "tune" else "test"
+    checksum = zlib.crc32(json.dumps([raw.VERSION, options]).encode())
     evaluation = {
         "problems": args.problems,
-        "rsa_steps": args.rsa_steps,
+        "skip": args.skip,
         "traces": args.traces,
-        "generators": args.generators,
+        "populations": args.populations,
     }
-    if part == "tune":  # pass@16 and one repeated aggregation will do
-        evaluation["traces"] = min(16, args.traces)
-        evaluation["generators"] = 1
+    if part == "tune":
+        evaluation["traces"] = 16
     return {
+        "version": raw.VERSION,
         "part": part,
         "setting": args.setting,
-        "run": f"{run} (lattice)" if lattice else run,
+        "run": run,
         "seed": seed,
-        "tokens": tokens,
         "options": options,
-        "patch": patch,
-        "split": split,
-        "lattice": lattice,
-        "folder": folder,
+        "budgets": list(budgets),
+        "splits": list(splits),
+        "folder": f"{args.setting}-{run.replace(' ', '-')}-{seed}-{checksum:08x}",
         "evaluation": evaluation,
-        "id": json.dumps([folder, tokens, split, lattice, evaluation]),
-        "file": TUNING_FILE if part == "tune" else EVALUATION_FILE,
     }
+
+
+def rows_of_piece(piece):
+    """The beginnings of its rows: one for each budget and split. On validation problems, which only
+    decide between rivals, two steps of one population will do."""
+    shared = dict(piece)
+    budgets = shared.pop("budgets")
+    splits = shared.pop("splits")
+    for tokens, split in itertools.product(budgets, splits):
+        evaluation = dict(piece["evaluation"])
+        if split == "validation":
+            evaluation["populations"] = f"{POPULATION}:2"
+        name = json.dumps([piece["folder"], piece["seed"], tokens, split, evaluation])
+        row = {"tokens": tokens, "split": split, "evaluation": evaluation}
+        yield shared | row | {"lattice": False, "id": name}
+
+
+def rows_done(results):
+    """The ids of all rows there are."""
+    done = set()
+    for file in (EVALUATION_FILE, TUNING_FILE):
+        done |= {row["id"] for row in raw.read_rows(results / file)}
+    return done
+
+
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def sampled_tokens(steps):
@@ -177,231 +165,239 @@ def sampled_tokens(steps):
     return total
 
 
-def train_piece(piece, folder):
+def train(piece, tokens, folder):
     """Runs spiral.main, with a SIGTERM in the step that spends the budget, so that it saves."""
     plain_step = spiral.train_step
 
     def step_within_budget(*arguments):
-        stats, *more = plain_step(*arguments)
+        stats, groups = plain_step(*arguments)
         steps = raw.read_rows(folder / "metrics.jsonl")
-        if sampled_tokens([*steps, stats]) >= piece["tokens"]:
+        if sampled_tokens([*steps, stats]) >= tokens:
             os.kill(os.getpid(), signal.SIGTERM)
-        return stats, *more
+        return stats, groups
 
     spiral.train_step = step_within_budget
-    exit_code = spiral.main(
-        [
-            *("--seed", str(piece["seed"])),
-            *("--out", str(folder)),
-            *("--steps", "1000000"),
-            *("--eval-problems", "0"),
-            *piece["options"],
-        ]
-    )
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from now on a SIGTERM ends the process at once
+    options = ["--seed", str(piece["seed"]), "--out", str(folder)]
+    options += ["--steps", "1000000", "--eval-problems", "0"]
+    exit_code = spiral.main([*options, *piece["options"]])
+    spiral.train_step = plain_step
     return exit_code
 
 
-def find_checkpoint(piece, folder):
+def find_checkpoint(tokens, folder):
     """What to evaluate: the untrained policy, the one at its budget, or None before that."""
-    if piece["tokens"] == 0:
+    if tokens == 0:
         return spiral.TINY
     steps = raw.read_rows(folder / "metrics.jsonl")
-    if sampled_tokens(steps[:-1]) >= piece["tokens"]:
-        raise ValueError(f"{folder} has trained for longer than {piece['tokens']} tokens")
+    if sampled_tokens(steps[:-1]) >= tokens:
+        raise ValueError(f"{folder} has trained for longer than {tokens} tokens")
     checkpoint = folder / f"step-{len(steps):05d}"
-    spent = sampled_tokens(steps) >= piece["tokens"]
+    spent = sampled_tokens(steps) >= tokens
     return checkpoint if spent and (checkpoint / "state.json").exists() else None
 
 
-def subsets_with_a_right_trace(rewards):
-    """{k: for each problem, how many of its S/k disjoint subsets of k traces hold a right one}.
-
-    Rewards [P, S], for k = 1, 2, 4 .. S. Every (S/k)-th trace of a lattice of S, in the order of
-    its codes, is a lattice of k: so one lattice holds all smaller ones that divide it.
-    """
-    num_problems, num_traces = rewards.shape
-    hits = {}
-    for k in (2**i for i in range(num_traces.bit_length())):
-        subsets = rewards.view(num_problems, k, num_traces // k)
-        hits[k] = subsets.amax(1).sum(1).int().tolist()
-    return hits
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 
-def aggregate_repeatedly(policy, task, problems, config, traces, number, of, steps):
-    """Right members of each problem's population after each step, and whether its vote is right:
-    two lists [steps + 1][P]. The population begins as every (S / 8)-th trace."""
-    stride = len(traces[0].completions) // POPULATION
-    first = number * stride // of
-    populations = []
-    for group in traces:
-        chosen = group.completions[first::stride]
-        populations.append(spiral.Group(prompt=[], completions=chosen))
-    generator = torch.Generator().manual_seed(2 + number)
-    history = spiral.recursive_self_aggregation(
-        policy, task, problems, config, populations, steps, generator
-    )
-    right = []
-    votes = []
-    for step in history:
-        right.append(spiral.rewards_of(step).sum(1).int().tolist())
-        votes.append([int(spiral.vote_reward(task, group.completions)) for group in step])
-    return right, votes
+class Answers:
+    """Gives each answer to a problem a small number."""
+
+    def __init__(self, num_problems):
+        self.numbers = [{} for _ in range(num_problems)]  # of each problem: {answer: number}
+        self.right = [[] for _ in range(num_problems)]  # numbers of the right ones
+
+    def number(self, problem, answer, reward):
+        if answer is None:
+            return -1
+        numbers = self.numbers[problem]
+        if answer not in numbers:
+            numbers[answer] = len(numbers)
+            if reward:
+                self.right[problem].append(numbers[answer])
+        return numbers[answer]
+
+    def of_groups(self, task, groups):
+        """[P][completions] numbers."""
+        found = []
+        for problem, group in enumerate(groups):
+            completions = group.completions
+            numbers = [self.number(problem, task.answer(c.text), c.reward) for c in completions]
+            found.append(numbers)
+        return found
 
 
-def evaluate_piece(piece, checkpoint):
-    """The piece with its results for each problem (rows.py says what they are)."""
+def tokens_of(groups):
+    return [spiral.statistics([group])["tokens"] for group in groups]
+
+
+def evaluation_seeds(row, part, num_problems):
+    """One for each problem: all runs of a seed share them."""
+    first = (1 + part) * 10**9 + row["seed"] * 10**6
+    return range(first, first + num_problems)
+
+
+def run_pipelines(policy, task, problems, config, row, answers):
+    """Self-aggregation of every population: what a row holds of it."""
+    results = {"pipelines": {}, "population": POPULATION}
+    for part, pair in enumerate(row["evaluation"]["populations"].split(","), start=1):
+        population, steps = map(int, pair.split(":"))
+        config = replace(config, eval_traces=population, rsa_steps=steps)
+        seeds = evaluation_seeds(row, part, len(problems))
+        history = spiral.recursive_self_aggregation(policy, task, problems, config, seeds)
+        results["pipelines"][population] = {
+            "answers": [answers.of_groups(task, groups) for groups in history],
+            "tokens": [tokens_of(groups) for groups in history],
+        }
+        if population == POPULATION:
+            votes = []
+            right = []
+            for groups in history:
+                votes.append([int(spiral.vote_reward(task, group)) for group in groups])
+                right.append(spiral.rewards_of(groups).sum(1).int().tolist())
+            results["votes"] = [votes]
+            results["rsa"] = [right]
+            counts = [credits.response_counts(group, config.set_size) for group in history[0]]
+            results["response"] = sum(counts).int().tolist()
+    return results
+
+
+def evaluate(row, checkpoint):
+    """The row, completed."""
     began = time.process_time()
-    sizes = piece["evaluation"]
-    num_traces = sizes["traces"]
-    config = spiral.parse_config([*piece["options"], "--model", str(checkpoint)])
+    sizes = row["evaluation"]
+    config = spiral.parse_config([*row["options"], "--model", str(checkpoint)])
     policy = spiral.load_policy(config)
     task = tasks.make_task(config.task)
-    problems = task.problems(piece["split"], sizes["problems"], 0)
-    generator = torch.Generator().manual_seed(1)
-    lattice_size = num_traces if piece["lattice"] else 1
-    traces = spiral.search(policy, task, problems, config, num_traces, generator, lattice_size)
-    if piece["lattice"]:
-        for group in traces:  # into the order of the codes, which is that of the token ids
-            group.completions.sort(key=lambda completion: completion.tokens)
-
-    rewards = spiral.rewards_of(traces)  # [P, S]
-    all_right = []
-    all_votes = []
-    for number in range(sizes["generators"]):
-        right, votes = aggregate_repeatedly(
-            policy,
-            task,
-            problems,
-            config,
-            traces,
-            number=number,
-            of=sizes["generators"],
-            steps=sizes["rsa_steps"],
-        )
-        all_right.append(right)
-        all_votes.append(votes)
-
-    completions = [completion for group in traces for completion in group.completions]
-    num_tokens = sum(len(completion.tokens) for completion in completions)
-    logprob = sum(sum(completion.logprobs) for completion in completions)
-    return {
-        **piece,
-        "right": rewards.sum(1).int().tolist(),
-        "hits": subsets_with_a_right_trace(rewards),
-        "rsa": all_right,
-        "votes": all_votes,
-        "population": POPULATION,
-        "trace_length": num_tokens / len(completions),
-        "trace_entropy": -logprob / num_tokens,
+    problems = task.problems(row["split"], sizes["skip"] + sizes["problems"], 0)[sizes["skip"] :]
+    seeds = evaluation_seeds(row, 0, len(problems))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    traces = spiral.search(policy, task, problems, config, sizes["traces"], generators)
+    stats = spiral.statistics(traces)
+    answers = Answers(len(problems))
+    results = {
+        "right": spiral.rewards_of(traces).sum(1).int().tolist(),
+        "traces": answers.of_groups(task, traces),
+        "trace_tokens": tokens_of(traces),
+        "trace_length": stats["length"],
+        "trace_entropy": stats["entropy"],
+        **run_pipelines(policy, task, problems, config, row, answers),
+        "right_answers": answers.right,
         "cpu_s": round(time.process_time() - began, 1),
     }
+    return row | results
+
+
+def commit():
+    """Which state of the repository makes the rows."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
+def append_training(name, tokens, folder, results):
+    """The row of a training up to a budget, unless it is there."""
+    rows = raw.read_rows(results / TRAINING_FILE)
+    if (name, tokens) in [(row["folder"], row["tokens"]) for row in rows]:
+        return
+    row = {"version": raw.VERSION, "folder": name, "tokens": tokens}
+    row["steps"] = raw.read_rows(folder / "metrics.jsonl")
+    raw.append_row(results / TRAINING_FILE, row)
 
 
 def do_piece(piece, runs, results):
-    """Trains if the piece needs it, evaluates, and appends the rows. Returns the exit code."""
+    """Trains and evaluates, and appends the rows that are missing. Returns the exit code."""
     torch.set_num_threads(1)
     folder = runs / piece["folder"]
     lock = (folder / "piece.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # another piece may need the same training
-    if piece["patch"] == "second_level":
-        second_level()
-
-    checkpoint = find_checkpoint(piece, folder)
-    if checkpoint is None:
-        began = time.process_time()
-        exit_code = train_piece(piece, folder)
-        checkpoint = find_checkpoint(piece, folder)
+    done = rows_done(results)
+    for row in rows_of_piece(piece):
+        if row["id"] in done:
+            continue
+        tokens = row["tokens"]
+        checkpoint = find_checkpoint(tokens, folder)
         if checkpoint is None:
-            return exit_code or 1
-        piece["train_cpu_s"] = round(time.process_time() - began, 1)
-        training = {
-            "folder": piece["folder"],
-            "tokens": piece["tokens"],
-            "steps": raw.read_rows(folder / "metrics.jsonl"),
-        }
-        raw.append_row(results / TRAINING_FILE, training)
-
-    raw.append_row(results / piece["file"], evaluate_piece(piece, checkpoint))
+            began = time.process_time()
+            exit_code = train(piece, tokens, folder)
+            checkpoint = find_checkpoint(tokens, folder)
+            if checkpoint is None:
+                return exit_code or 1
+            row["train_cpu_s"] = round(time.process_time() - began, 1)
+        if tokens:
+            append_training(piece["folder"], tokens, folder, results)
+        row["commit"] = commit()
+        file = TUNING_FILE if piece["part"] == "tune" else EVALUATION_FILE
+        raw.append_row(results / file, evaluate(row, checkpoint))
     return 0
 
 
 # ---- The pieces of each part, and the processes that do them -------------------------------------
 
 
-def choices(args, run):
-    """The options that tuning tries: learning rates, and search weights where there are any."""
-    weights = args.weights.split(",")
-    if run in FIXED_WEIGHTS:
-        weights = [FIXED_WEIGHTS[run]]
-    pairs = itertools.product(args.lrs.split(","), weights)
-    return [["--lr", rate, "--search-weight", weight, *RIVALS[run]] for rate, weight in pairs]
+def choices(args, rival):
+    """{name of the trial: its options}: learning rates, and search weights unless the rival names
+    one, as in "set=0.2", or has none."""
+    run, _, weight = rival.partition("=")
+    weight = FIXED_WEIGHTS.get(run, weight)
+    weights = [weight] if weight else args.weights.split(",")
+    found = {}
+    for rate, weight in itertools.product(args.lrs.split(","), weights):
+        options = ["--lr", rate, "--search-weight", weight, *RIVALS[run]]
+        found[f"{run} {rate} {weight}"] = options
+    return found
 
 
-def tuned_options(args, run, results):
+def tuned_options(args, rival, results):
     """The rival's best options by the part tune. Where there is one choice, tuning isn't asked.
 
-    A setting that wasn't tuned takes the options of the setting that was.
+    A setting that wasn't tuned takes the options of the setting that was. Raises ValueError where
+    nothing was tuned.
     """
-    available = choices(args, run)
-    scouts = [row for row in raw.read_rows(results / TUNING_FILE) if row["run"].split()[0] == run]
-    if not scouts or len(available) == 1:
-        return available[0]
+    available = choices(args, rival)
+    if len(available) == 1:
+        return next(iter(available.values()))
+    scouts = raw.of_version(raw.read_rows(results / TUNING_FILE), raw.VERSION)
+    scouts = [row for row in scouts if row["run"] in available]
+    if not scouts:
+        raise ValueError(f"{rival} wasn't tuned: give one of --lrs and one of --weights")
     of_setting = [row for row in scouts if row["setting"] == args.setting]
     best = max(of_setting or scouts, key=tables.tuning_score)
-    return best["options"][len(SETTINGS[best["setting"]]) :]
+    return available[best["run"]]
 
 
 def pieces_of_tuning(args):
-    for run in args.rivals.split(","):
-        for options in choices(args, run):
-            _, rate, _, weight, *_ = options
+    for rival in args.rivals.split(","):
+        trials = choices(args, rival)
+        if len(trials) == 1:  # there is nothing to choose
+            continue
+        for name, options in trials.items():
             yield make_piece(
                 args,
                 part="tune",
-                run=f"{run} {rate} {weight}",
+                run=name,
                 seed=100,
                 options=options,
-                tokens=args.tune_tokens,
+                budgets=[args.tune_tokens],
+                splits=["validation"],
             )
 
 
-def pieces_of_depth(args, results):
-    best = tuned_options(args, args.best, results)
+def pieces_of_main(args, results):
+    budgets = range(args.every, args.tokens + 1, args.every)
+    splits = args.splits.split(",")
     for seed in range(args.seeds):
-        yield make_piece(
-            args,
-            part="depth",
-            run="depth 2",
-            seed=seed,
-            options=[*best, "--num-aggregations", "2"],
-            tokens=args.tokens,
-            patch="second_level",
-        )
-
-
-def pieces_of_main(args, results, lattice=False):
-    part = "lattice" if lattice else "main"
-    yield make_piece(args, part=part, run="base", seed=0, lattice=lattice)
-    for seed in range(args.seeds):
-        for run in args.rivals.split(","):
+        if args.base:
+            yield make_piece(args, part="main", run="base", seed=seed, splits=splits)
+        for rival in args.rivals.split(","):
+            options = tuned_options(args, rival, results)
             yield make_piece(
                 args,
-                part=part,
-                run=run,
+                part="main",
+                run=rival.partition("=")[0] + args.suffix,
                 seed=seed,
-                options=tuned_options(args, run, results),
-                tokens=args.tokens,
-                lattice=lattice,
+                options=[*options, *shlex.split(args.options)],
+                budgets=budgets,
+                splits=splits,
             )
-
-
-def pieces_of(args, part, results):
-    if part == "tune":
-        return [*pieces_of_tuning(args)]
-    if part == "depth":
-        return [*pieces_of_depth(args, results)]
-    return [*pieces_of_main(args, results, lattice=part == "lattice")]
 
 
 def start_process(piece, args, runs):
@@ -417,12 +413,14 @@ def start_process(piece, args, runs):
 
 
 def run_pieces(pieces, args, runs, results):
-    """Does the pieces that have no row yet, in order, at most args.jobs at a time."""
-    done = set()
-    for file in (EVALUATION_FILE, TUNING_FILE):
-        done |= {row["id"] for row in raw.read_rows(results / file)}
-    waiting = [piece for piece in pieces if piece["id"] not in done]
+    """Does the pieces that lack a row, in order, at most args.jobs at a time. Returns how many
+    failed."""
+    done = rows_done(results)
+    waiting = [
+        piece for piece in pieces if any(row["id"] not in done for row in rows_of_piece(piece))
+    ]
     print(f"{len(pieces)} pieces, {len(pieces) - len(waiting)} done before")
+    failed = 0
     running = []  # of (process, piece, when it began)
     try:
         while waiting or running:
@@ -435,6 +433,7 @@ def run_pieces(pieces, args, runs, results):
                 if process.poll() is None:
                     continue
                 running.remove(entry)
+                failed += process.returncode != 0
                 state = "done" if process.returncode == 0 else "FAILED, see its log.txt:"
                 seconds = time.time() - began
                 print(f"{state} {piece['part']} {piece['folder']}  {seconds:.0f}s", flush=True)
@@ -443,44 +442,50 @@ def run_pieces(pieces, args, runs, results):
             process.terminate()  # training ends its step and saves
         for process, _, _ in running:
             process.wait()
+    return failed
 
 
-def parse_arguments():
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--setting", default="short", choices=SETTINGS)
     parser.add_argument("--rivals", default=",".join(RIVALS))
-    parser.add_argument("--best", default="curve", help="credit of the part depth")
+    parser.add_argument("--no-base", dest="base", action="store_false", help="nor evaluate it")
+    parser.add_argument("--every", type=int, default=0, help="evaluate whenever so many are spent")
+    parser.add_argument("--splits", default="test", help="test, or test,validation")
+    parser.add_argument("--options", default="", help="more options of spiral.py, for all rivals")
+    parser.add_argument("--suffix", default="", help="of the rivals' names, if they have options")
     parser.add_argument("--jobs", type=int, default=2, help="single-threaded processes at a time")
     parser.add_argument("--quick", action="store_true", help="everything in miniature")
     parser.add_argument("--piece", help=argparse.SUPPRESS)
-    sizes = QUICK if "--quick" in sys.argv else FULL
+    sizes = QUICK if "--quick" in arguments else FULL
     for name, value in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    args.every = args.every or args.tokens
+    if args.tokens % args.every:
+        parser.error("--tokens must be a multiple of --every")
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
     return args
 
 
-def main():
-    args = parse_arguments()
-    if args.quick:
-        runs = HERE.parent / "runs" / "study-quick"
-        results = runs / "results"
-    else:
-        runs = HERE.parent / "runs" / "study"
-        results = raw.STUDY
+def main(arguments):
+    args = parse_arguments(arguments)
+    runs = HERE.parent / "runs" / ("study-quick" if args.quick else "study")
+    results = runs / "results" if args.quick else raw.STUDY
     if args.piece:
         return do_piece(json.loads(args.piece), runs, results)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         for part in args.parts or PARTS:
-            run_pieces(pieces_of(args, part, results), args, runs, results)
+            pieces = pieces_of_tuning(args) if part == "tune" else pieces_of_main(args, results)
+            if run_pieces([*pieces], args, runs, results):
+                return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on")
         return 130
@@ -488,4 +493,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

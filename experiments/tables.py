@@ -44,11 +44,9 @@ def levels(setting, tokens):
     """The mean of every measure for every policy. In brackets: from how many seeds."""
     runs = raw.load_runs(setting, int(tokens))
     columns = []
-    for name in RIVALS:
-        if name not in runs:
-            continue
+    for name in names_of(runs):
         (seeds,) = raw.paired(runs, names=[name], measure=raw.measures)
-        column = {"(seeds)": f"{raw.LABELS[name]} ({len(seeds)})"}
+        column = {"(seeds)": f"{label(name)} ({len(seeds)})"}
         for measure in seeds[0]:
             mean, half = raw.interval([row[measure] for row in seeds])
             column[measure] = f"{mean:.3f} ± {half:.3f}"
@@ -74,13 +72,13 @@ def difference(runs, name, reference):
 def label(name):
     """ "set (lattice)" is the run "set", evaluated with lattices."""
     run, _, lattice = name.partition(" (")
-    return raw.LABELS[run] + (" (" + lattice if lattice else "")
+    return raw.LABELS.get(run, run) + (" (" + lattice if lattice else "")
 
 
 def differences(reference, setting=SETTING[0], tokens=SETTING[1]):
     """Every policy minus the reference: "base", "grpo", "none" or "trace"."""
     runs = raw.load_runs(setting, int(tokens))
-    names = [name for name in RIVALS if name in runs and name != reference]
+    names = [name for name in names_of(runs) if name != reference]
     if reference != "base":
         names = [name for name in names if name != "base"]
     if reference not in ("base", "grpo"):
@@ -101,6 +99,41 @@ def variants():
     runs = raw.load_runs()
     names = ("depth 2", "curve trained with lattices")
     return markdown(transpose([difference(runs, name, "curve") for name in names]))
+
+
+def names_of(runs):
+    """Rivals in their usual order, then their variants. Lattices have a table of their own."""
+    others = [name for name in runs if name.split(" K=")[0] in RIVALS and name not in RIVALS]
+    return [name for name in RIVALS if name in runs] + sorted(others)
+
+
+def votes(setting, tokens):
+    """The vote of 8 answers after every step of self-aggregation."""
+    runs = raw.load_runs(setting, int(tokens))
+    columns = []
+    for name in names_of(runs):
+        (seeds,) = raw.paired(runs, names=[name], measure=raw.vote_curve)
+        column = {"(seeds)": f"{label(name)} ({len(seeds)})"}
+        means, halves = raw.interval(seeds)
+        for step, (mean, half) in enumerate(zip(means, halves)):
+            column[f"after step {step}"] = f"{mean:.3f} ± {half:.3f}"
+        columns.append(column)
+    return markdown(transpose(columns))
+
+
+def budget(setting, tokens):
+    """Votes of traces and of pipelines, with the tokens that they sample for a problem."""
+    runs = raw.load_runs(setting, int(tokens))
+    columns = []
+    for name in names_of(runs):
+        points = [raw.budget_points(row) for row in runs[name].values()]
+        column = {"(seeds)": f"{label(name)} ({len(points)})"}
+        for way in points[0]:
+            mean, half = raw.interval([of_seed[way][1] for of_seed in points])
+            spent = np.mean([of_seed[way][0] for of_seed in points])
+            column[way] = f"{mean:.3f} ± {half:.3f}, {spent:.0f} tokens"
+        columns.append(column)
+    return markdown(transpose(columns))
 
 
 def summary(setting=SETTING[0], tokens=SETTING[1]):
@@ -133,7 +166,7 @@ def tuning_score(row):
 def tuning():
     """The score of every learning rate and weight that was tried. One seed."""
     scores = {}
-    for row in raw.read_rows(raw.STUDY / "tuning.jsonl.gz"):
+    for row in raw.of_version(raw.read_rows(raw.STUDY / "tuning.jsonl.gz"), raw.SHOWN_VERSION):
         run, rate, weight = row["run"].split()
         scores[run, rate, weight] = tuning_score(row)
     choices = [(rate, weight) for rate in ("5e-5", "1e-4") for weight in ("0.05", "0.2")]
@@ -188,9 +221,17 @@ def response(setting=SETTING[0], tokens=SETTING[1]):
     lines = [["right candidates", "0", "1", "2", "3", "4"]]
     untrained = json.loads((raw.RESULTS / "gradient_noise.json").read_text())["start"]["curve"]
     lines.append(["untrained", *(f"{share:.2f}" for share in untrained)])
-    for name, seeds in trainings(setting, tokens).items():
-        if name != "grpo":
-            curve = np.mean([steps[-1]["curve"] for steps in seeds], axis=0)
+    curves = {}
+    if raw.SHOWN_VERSION == 1:  # a running mean, kept in training
+        for name, seeds in trainings(setting, tokens).items():
+            curves[name] = np.mean([steps[-1]["curve"] for steps in seeds], axis=0)
+    else:
+        for name, seeds in raw.load_runs(setting, int(tokens)).items():
+            right, total = np.sum([row["response"] for row in seeds.values()], axis=0)
+            curves[name] = right / np.maximum(total, 1)
+    for name in RIVALS:
+        if name in curves and name not in ("base", "grpo"):
+            curve = curves[name]
             lines.append([raw.LABELS[name], *(f"{share:.2f}" for share in curve)])
     return markdown(lines)
 
@@ -198,6 +239,7 @@ def response(setting=SETTING[0], tokens=SETTING[1]):
 NOISE_LABELS = {
     "set, K=4 N2=4": "set credit, K = 4, N2 = 4",
     "set, K=8 N2=2": "set credit, K = 8, N2 = 2",
+    "set, K=16 N2=1": "set credit, K = 16, N2 = 1",
     "curve + residual": "curve credit + residual, λ = 1",
     "curve + residual / 4": "curve credit + residual, λ = 1/4",
     "curve": "curve credit",
@@ -244,6 +286,7 @@ def real_model_scores():
     """{run: [the scores of each seed]} of the real model, its validation seeds left out."""
     found = {}
     rows = raw.read_rows(raw.RESULTS / "real_model.jsonl")
+    rows = raw.of_version(rows, raw.SHOWN_VERSION)
     for row in sorted(rows, key=lambda row: row["seed"]):
         if row["seed"] >= 100:
             continue
@@ -259,10 +302,17 @@ REAL_MODEL = {
     "vote of 8 traces": "majority@8",
     "one aggregation of 4 traces": "aggregate@4",
     "right, though all 4 traces are wrong": "emergent",
-    "one answer after 1 step": "rsa step 1",
+    "**vote of 8 aggregations**": "vote of aggregations",  # since version 2
+    "one answer after 1 step": "rsa step 1",  # in version 1
     "entropy of traces": "entropy",
     "traces cut off": "truncated",
 }
+
+
+def real_model_measures(found):
+    """Those of REAL_MODEL that the rows have."""
+    scores = next(iter(found.values()))[0]
+    return {text: key for text, key in REAL_MODEL.items() if key in scores}
 
 
 def real_model(*names):
@@ -272,7 +322,7 @@ def real_model(*names):
     columns = []
     for name in [name for name in names if name in found]:
         column = {"(seeds)": f"{raw.LABELS[name]} ({len(found[name])})"}
-        for text, key in REAL_MODEL.items():
+        for text, key in real_model_measures(found).items():
             mean, half = raw.student_interval([scores[key] for scores in found[name]])
             column[text] = f"{mean:.2f}" if half is None else f"{mean:.2f} ± {half:.2f}"
         columns.append(column)
@@ -286,7 +336,7 @@ def real_model_differences(reference):
     for name in [name for name in RIVALS if name in found and name not in ("base", reference)]:
         pairs = list(zip(found[name], found[reference], strict=True))
         column = {"(seeds)": f"{raw.LABELS[name]} ({len(pairs)})"}
-        for text, key in REAL_MODEL.items():
+        for text, key in real_model_measures(found).items():
             changes = [ours[key] - theirs[key] for ours, theirs in pairs]
             mean, half = raw.student_interval(changes)
             column[text] = f"{mean:+.2f} ± {half:.2f}"
@@ -360,6 +410,8 @@ def trl():
 TABLES = {
     "levels": levels,
     "differences": differences,
+    "votes": votes,
+    "budget": budget,
     "lattice": lattice,
     "variants": variants,
     "summary": summary,
