@@ -263,22 +263,43 @@ def noise(policy):
 # ---- Other programs ------------------------------------------------------------------------------
 
 
-def default(*folders):
-    """Scores before and after training, in the mean over runs of one command."""
-    runs = []
-    for folder in folders:
-        before, after = raw.read_rows(ROOT / folder / "evaluation.jsonl")[-2:]
-        runs.append((before, after) if before["policy"] == "start" else (after, before))
-    names = [Path(folder).name for folder in folders]
-    lines = [["held-out problems", "before", "after", "change", *names]]
-    for key in runs[0][0]:
-        if key in ("policy", "step", "split", "problems"):
+def default():
+    """Held-out scores of the default run, before training and after it, and of GRPO's: the mean
+    over seeds, and from the lowest to the highest."""
+    columns = {"untrained": [], "GRPO": [], "SPIRAL": []}
+    for folder in sorted((raw.RESULTS / "default").glob("*-*")):
+        start, *_, end = raw.read_rows(folder / "evaluation.jsonl")
+        method = "GRPO" if folder.name.startswith("grpo") else "SPIRAL"
+        columns["untrained"].append(start)
+        columns[method].append(end)
+    lines = [["", *columns]]
+    for name in columns["SPIRAL"][0]:
+        if name in ("policy", "problems"):
             continue
-        values = np.array([[before[key], after[key]] for before, after in runs])  # [runs, 2]
-        changes = values[:, 1] - values[:, 0]
-        before_mean, after_mean = values.mean(0)
-        line = [key, f"{before_mean:.3f}", f"{after_mean:.3f}", f"{changes.mean():+.3f}"]
-        lines.append(line + [f"{change:+.3f}" for change in changes])
+        line = [name]
+        for scores in columns.values():
+            values = [score[name] for score in scores]
+            cell = f"{sum(values) / len(values):.2f}"
+            if max(values) > min(values):
+                cell += f" ({min(values):.2f} to {max(values):.2f})"
+            line.append(cell)
+        lines.append(line)
+    return markdown(lines)
+
+
+def default_tuning():
+    """The vote of 8 aggregations on validation problems, by learning rate and search weight."""
+    scores = {}
+    for row in raw.read_rows(raw.RESULTS / "default" / "validation.jsonl"):
+        scores[row["lr"], row["search_weight"]] = row["vote of 8 aggregations"]
+    weights = ("0.2", "0.5", "1")
+    lines = [["learning rate", *(f"weight {weight}" for weight in weights)]]
+    for lr in ("5e-5", "1e-4", "2e-4"):
+        cells = []
+        for weight in weights:
+            known = (lr, weight) in scores
+            cells.append(f"{scores[lr, weight]:.3f}" if known else "not evaluated")
+        lines.append([lr, *cells])
     return markdown(lines)
 
 
@@ -420,6 +441,7 @@ TABLES = {
     "response": response,
     "noise": noise,
     "default": default,
+    "default_tuning": default_tuning,
     "real_model": real_model,
     "real_model_differences": real_model_differences,
     "bench": bench,
