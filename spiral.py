@@ -10,8 +10,10 @@ answer a reward r_km of 0 or 1; the traces get none of their own. What is traine
     E[ f(G) sum_{j in G} grad log pi(y_j|x) ]     search: how useful was the set that I was in?
     E[ r(x, z) grad log pi(z|x, G) ]              aggregation: was this answer right?
 
-f(G) is the mean reward of the answers that read the set G. The file follows the paper: sampling,
-sets and the prompt of an aggregation, advantages, the update, the rollout, evaluation, training.
+f(G) is the mean reward of the answers that read the set G. After the options and the loading of a
+model the file follows the paper: sampling, sets and the prompt of an aggregation, advantages, the
+update, the rollout, evaluation, training. Problems and verifiers are in tasks.py; what isn't the
+method (printing, other kinds of credit) is imported from experiments/ where it is needed.
 
     python spiral.py                      # a tiny policy learns countdown, on a laptop
     python spiral.py --algo grpo          # the baseline: as many completions, all of them traces
@@ -50,14 +52,15 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 import tasks
 
 # ---- Config: every field is a command line option, num_traces is --num-traces ----
+# The lines of its docstring are the texts of --help, too
 
 
 @dataclass
 class Config:
     """algo: spiral, or grpo: traces alone, each by its own reward
-    search_credit: set, as in the paper; curve, pass, trace ask the verifier about traces, too
+    search_credit: set, as in the paper; curve, pass, trace: by the traces' own rewards (credits.py)
     search_weight: weight of the search term; at 1, with set credit, the update follows grad J
-    published: the paper's self-inclusive baselines, for set credit
+    published: the paper's self-inclusive baselines, and its scale, for set credit
     task: countdown, arithmetic, math, or with options "countdown:numbers=4,high=30"
     data: JSONL file with the problems of countdown or math; the README shows its rows
     model: tiny, which is shipped; a folder in Hugging Face format; or a hub id
@@ -71,8 +74,8 @@ class Config:
     balanced: every trace is in equally many sets; --no-balanced: sets are drawn uniformly
     steps: training steps; 0: evaluate only
     problems: problems per step with an advantage that is not zero
-    max_draws: to find them, at most so many times as many are drawn
-    train_problems: at most so many, shuffled anew each time through
+    max_draws: a step gives up after drawing max_draws * problems
+    train_problems: how many there are to train on, shuffled anew each time through
     updates: optimizer updates per rollout; 1 is plain REINFORCE
     clip: of the importance ratio; matters with more than one update, or in bfloat16
     target_length: L_target, over which no advantage is positive; 0: off
@@ -156,6 +159,7 @@ class Config:
             raise ValueError("--set-size: must be below --num-traces, at most --eval-traces")
         if self.published and (self.algo, self.search_credit) != ("spiral", "set"):
             raise ValueError("--published is a kind of set credit, of --algo spiral")
+        # Raises if there are no such sets
         draw_sets(self.num_traces, self.set_size, self.num_sets, balanced=self.balanced)
 
 
@@ -174,8 +178,9 @@ FIXED_DATE = (
 class Tokenizer:
     """What we need of a Hugging Face tokenizer and its chat template.
 
-    eos_ids: the tokens that end a completion. markers: texts that structure a prompt, which no
-    sampled text may contain. Raises ValueError if the template fails or leaves out the message."""
+    eos_ids: the tokens that end a completion; load_policy() adds those of the model. markers: texts
+    that structure a prompt, which neutralise() takes out of sampled text before that is shown in a
+    prompt. Raises ValueError if the template fails or leaves out the message."""
 
     def __init__(self, path):
         try:
@@ -193,7 +198,8 @@ class Tokenizer:
             if kind.special or re.search(r"[<[|].*[]>|]", kind.content):
                 self.markers.append(kind.content)
 
-        # What the template writes after a message ends a turn: <|im_end|> in Qwen's
+        # What the template writes after a message ends a turn: <|im_end|> in Qwen's. It is the
+        # first token of the rest, if that is an added one
         rest = shown.partition("MESSAGE")[2].strip()
         end_of_turn = added.keys() & self.encode(rest)[:1]
         self.eos_ids = {self.hf.eos_token_id} | end_of_turn
@@ -207,7 +213,7 @@ class Tokenizer:
 
     def chat(self, text):
         """Tokens of a user's message, up to where the answer begins."""
-        if not self.hf.chat_template:  # a base model. Some tokenizers end every text with EOS
+        if not self.hf.chat_template:  # a base model: text with BOS, but not with EOS
             return [token for token in self.hf.encode(text) if token != self.hf.eos_token_id]
         return self.hf.apply_chat_template(
             [{"role": "user", "content": text}],
@@ -226,10 +232,11 @@ class Policy:
 
 def load_policy(config, questions=("",)):
     """The policy that config.model names. All of its weights train, or only its LoRA adapters.
-    Raises ValueError if it isn't there or doesn't suit us, mostly before weights are loaded, and
-    if the longest of the questions leaves no room for candidates."""
+    Raises ValueError if it isn't there, if it doesn't suit us, or if the longest of the questions
+    leaves no room for candidates: before the weights are loaded, where that can be known."""
     path = str(TINY) if config.model == "tiny" else config.model
-    path = os.path.abspath(path) if os.path.isdir(path) else path  # adapters remember it
+    # A LoRA checkpoint names the folder of its base model, which may not depend on where we are
+    path = os.path.abspath(path) if os.path.isdir(path) else path
     base, adapters = path, Path(path, "adapter_config.json")
     if adapters.exists():  # a checkpoint of a LoRA run
         base = json.loads(adapters.read_text("utf-8"))["base_model_name_or_path"]
@@ -242,11 +249,12 @@ def load_policy(config, questions=("",)):
 
     has_tokenizer = Path(path, "tokenizer_config.json").exists()
     tokenizer = Tokenizer(path if has_tokenizer else base)
+    # A prompt on trial: is there room for candidates, and are its tokens in the vocabulary?
     longest = max(questions, key=lambda text: len(tokenizer.encode(text)))
     candidates = ["0" * 99] * config.set_size
     prompt = aggregation_prompt(tokenizer, longest, candidates, config.max_prompt_tokens)
     if max(prompt) >= settings.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has more tokens than the model")
+        raise ValueError(f"{path}: the tokenizer has tokens that the model lacks")
 
     model = load_model(path, config, is_adapter=adapters.exists())
     ends = model.generation_config.eos_token_id
@@ -255,7 +263,8 @@ def load_policy(config, questions=("",)):
 
 
 def check_architecture(settings, path, config):
-    """Raises ValueError for a model whose log-probs our attention would get wrong, or too short."""
+    """Raises ValueError for a model that our attention would get wrong, and for one whose context
+    is too short."""
     if settings.model_type not in PLAIN or getattr(settings, "sliding_window", None):
         raise ValueError(f"{path}: {settings.model_type} is not known to be plain and causal")
     if hasattr(settings, "quantization_config"):
@@ -303,10 +312,10 @@ def load_model(path, config, is_adapter):
     elif model.num_parameters() < 20e6:
         torch.set_num_threads(1)  # more would wait for each other longer than they compute
     if config.gradient_checkpointing:
-        # From 5.23 on transformers has a new name for it. Without the random state, which nothing
-        # here needs, sampling can be captured as a CUDA graph
+        # From 5.23 on transformers has a new name for it
         old_enable = model.gradient_checkpointing_enable
         enable = getattr(model, "activation_checkpointing_enable", old_enable)
+        # Nothing here needs the random state, and with it no CUDA graph could be captured
         enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
@@ -315,7 +324,8 @@ def load_model(path, config, is_adapter):
 
 def attention(module, query, key, value, mask, scaling, attend, **kwargs):
     """What transformers calls in every layer: queries [B, H, T, D], keys, values [B, kv, T, D] ->
-    [B, T, H, D]. Prefill, decoding and update each hand their own `attend` through the model."""
+    [B, T, H, D]. `attend` is what prefill, decoding and update each give to hidden_states(), from
+    where transformers hands it on to here. It gets queries that are scaled."""
     return attend(module.layer_idx, query * scaling, key, value), None
 
 
@@ -323,7 +333,8 @@ AttentionInterface.register("spiral", attention)  # a name for transformers, not
 
 
 def causal_attention(query, key, value, mask=None):
-    """Of whole sequences: each token attends to all before it, or as the mask [T, S] says."""
+    """Of whole sequences: each token attends to itself and all before, or as the mask [T, S] of
+    queries and keys says. The queries are scaled already."""
     grouped = query.shape[1] != key.shape[1]  # several heads of queries share a head of keys
     mixed = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=grouped
@@ -343,6 +354,9 @@ def head(model, hidden, temperature):
 
 
 # ---- Sampler: a prompt is held once, all rows decode together, finished rows make room ----
+# In shapes: U prompts, L tokens of a prompt without its last; B rows (completions that are being
+# sampled), T tokens of a completion; H heads of queries, kv heads of keys and values, G = H / kv
+# queries for each of these; D numbers in a head
 
 PREFILL_TOKENS = 16_384  # of prompts that run in one pass
 
@@ -354,11 +368,11 @@ class Completion:
     prompt_index: int = 0  # which prompt of the call
     sample_index: int = 0  # which of the prompt's completions
     code: float = 0.0  # in [0, 1): chooses the next token, see draw_tokens()
-    rng: object = field(default=None, compare=False)  # random.Random(code): chooses later tokens
-    probability: float = 1.0  # of the tokens so far
+    rng: object = field(default=None, compare=False)  # random.Random(code): see decode()
+    probability: float = 1.0  # of all the tokens so far
     tokens: list = field(default_factory=list)  # up to and including EOS
     logprobs: list = field(default_factory=list)  # of the tokens, at the sampling temperature
-    truncated: bool = True  # has no EOS
+    truncated: bool = True  # has no EOS, or not yet
     text: str = ""
     reward: float = 0.0
     advantage: float = 0.0
@@ -369,13 +383,14 @@ class Cache:
     """Keys and values of one call of sample(). A prompt is held without its last token, which is
     the first input of each of its completions: so all tokens are sampled in decode_step()."""
 
-    prompts: torch.Tensor  # [layers, 2, U, kv, L, D]
-    completions: torch.Tensor  # [layers, 2, R, kv, T, D]
+    prompts: torch.Tensor  # [layers, 2, U, kv, L, D]; 2: keys, values
+    completions: torch.Tensor  # [layers, 2, B, kv, T, D]
     num_samples: int  # completions of each prompt
 
 
 class Memory:
-    """One block for keys and values, allocated once. Each call of sample() cuts it anew."""
+    """One block for keys and values, allocated once. Each call of sample() cuts it anew. What was
+    in it before stays there, and is masked. (So it must never hold nan: 0 * nan is nan.)"""
 
     def __init__(self, model, gigabytes):
         settings = model.config
@@ -390,14 +405,15 @@ class Memory:
         self.pool = torch.cuda.graph_pool_handle() if self.block.is_cuda else None
 
     def cut(self, prompt_tokens, new_tokens, num_samples):
-        """A Cache with room for as many prompts and all their completions as fit, and for a quarter
-        more prompts, since some completions end early. Raises ValueError if none fits."""
-        length = max(64, round_up(prompt_tokens))  # so that few CUDA graphs serve
+        """A Cache with room for as many prompts and all their completions as fit, for a quarter
+        more prompts, since some completions end early, and for one more, whose place stays free
+        for the rows that decode() adds. Raises ValueError if none fits."""
+        length = max(64, round_up(prompt_tokens))  # few lengths: few CUDA graphs
         groups = (self.tokens - length) // (num_samples * new_tokens + 5 * length // 4)
         if groups < 1:
             raise ValueError("memory is too small: raise --sampler-memory or lower token limits")
         layers, _, heads, width = self.shape
-        prompts = layers, 2, groups + groups // 4 + 1, heads, length, width  # one is for captured()
+        prompts = layers, 2, groups + groups // 4 + 1, heads, length, width
         completions = layers, 2, groups * num_samples, heads, new_tokens, width
         first, rest = self.block.tensor_split([math.prod(prompts)])
         rest = rest[: math.prod(completions)]
@@ -425,7 +441,8 @@ def draw_tokens(logits, codes):
     logprobs = logits.log_softmax(-1)  # [B, V]
     probs = logprobs.exp()
     cdf = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
-    heights = (codes * cdf[:, -1])[:, None]  # [B, 1] places on the distribution
+    # Rounding: the distribution may end a little off 1, and a code may fall on a slice's edge
+    heights = (codes * cdf[:, -1])[:, None]  # [B, 1] where the codes lie on it
     tokens = torch.searchsorted(cdf, heights, right=True)  # [B, 1]
     tokens.clamp_(max=cdf.shape[1] - 1)
     width = probs.gather(-1, tokens)  # [B, 1] of the token's slice
@@ -434,23 +451,23 @@ def draw_tokens(logits, codes):
     return torch.cat([tokens, logprobs.gather(-1, tokens), next_codes], 1).T
 
 
-def prefill(policy, prompts, places):
-    """Runs prompts (token lists) once, without their last tokens. places: [layers, 2, U, kv, L, D],
-    for their keys and values."""
+def prefill(policy, prompts, cached):
+    """Runs prompts (token lists) once, without their last tokens. Their keys and values go to
+    cached [layers, 2, U, kv, L, D]."""
     # A prompt of one token leaves nothing to run. The 0 in its place is masked for all rows
     tokens = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts]
     tokens = pad_sequence(tokens, batch_first=True).to(policy.model.device)  # [U, L]
 
     def attend(layer, query, key, value):
-        places[layer, :, : len(prompts), :, : tokens.shape[1]] = torch.stack([key, value])
+        cached[layer, :, : len(prompts), :, : tokens.shape[1]] = torch.stack([key, value])
         return causal_attention(query, key, value)  # pads come last, so that no token sees them
 
     hidden_states(policy.model, tokens, attend)
 
 
 def product(x, y):
-    """x @ y, [U, kv, M, C] and [U, kv, C, N] -> fp32 [U, kv, M, N]. Products of bf16 are summed in
-    fp32, as the fused attention of the update does."""
+    """x @ y for attention scores, [U, kv, M, C] and [U, kv, C, N] -> fp32 [U, kv, M, N]. bf16 would
+    lose too much of large scores; the fused attention of the update has them in fp32, too."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         batch = torch.bmm(x.flatten(0, 1), y.flatten(0, 1), out_dtype=torch.float32)
         return batch.unflatten(0, x.shape[:2])
@@ -458,23 +475,27 @@ def product(x, y):
 
 
 def decode_step(model, cache, temperature, last_tokens, lengths, prompt_lengths, slots, codes):
-    """The next token of B rows -> [3, B], as draw_tokens() gives them.
+    """The next token of B rows -> [3, B], as draw_tokens() gives them. A row attends to its prompt
+    and to itself, both of which are in the cache. Of each row, in tensors [B]:
 
-    A row attends to its prompt and to itself: to cache.prompts [layers, 2, U, kv, L, D] and to
-    cache.completions [layers, 2, B, kv, T, D]. Of each row, in tensors [B]: last_tokens, its input;
-    lengths, how many tokens it has, and prompt_lengths, how many its prompt has in the cache;
-    slots, its prompt's place in the cache * num_samples + which sample it is; codes, for
-    draw_tokens(). No shape depends on a value in a tensor: all of this can be one CUDA graph."""
+    last_tokens     its input: the last one sampled, at first the last one of its prompt
+    lengths, prompt_lengths  how many tokens it has, and its prompt in the cache
+    slots           its place in a grid [U, num_samples] of all completions that the cached prompts
+                    may have: place of the prompt * num_samples + sample_index
+    codes           for draw_tokens()
+
+    No shape depends on a value in a tensor, so that all of this can be one CUDA graph."""
     num_prompts, heads, prompt_tokens = cache.prompts.shape[2:5]  # U, kv, L
     new_tokens, num_samples = cache.completions.shape[4], cache.num_samples  # T
     arange = partial(torch.arange, device=slots.device)
     row = arange(len(slots))
     in_prompt = arange(prompt_tokens) < prompt_lengths[:, None]  # [B, L]
-    in_completion = arange(new_tokens) <= lengths[:, None]  # [B, T]
+    in_completion = arange(new_tokens) <= lengths[:, None]  # [B, T], the input token among them
     seen = torch.cat([in_prompt, in_completion], 1)  # [B, L + T]
     bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
 
-    # To read a prompt once for all of its rows, they stand in a grid: [U, kv, num_samples, ..]
+    # The completions' keys are in the order of the rows. A prompt's keys are shared by its rows: to
+    # read them once, these are put into the grid, where the rows of a prompt stand together
     place, sample = slots // num_samples, slots % num_samples
 
     def to_grid(x):  # [B, kv, G, C] -> [U, kv, num_samples * G, C], 0 where there is no row
@@ -514,8 +535,8 @@ def round_up(size):
 
 def captured(memory, step, inputs, key):
     """`step` as a CUDA graph, captured once for each key: launching its kernels one by one from
-    Python would take longer than they run. From the 128th on it stays as it is: a graph takes some
-    20 MB."""
+    Python would take longer than they run. A graph takes some 20 MB: when there are 128, steps with
+    other keys run without one."""
     if key not in memory.graphs and len(memory.graphs) < 128:
         examples = tuple(tensor.clone() for tensor in inputs)
         memory.graphs[key] = torch.cuda.make_graphed_callables(step, examples, pool=memory.pool)
@@ -530,14 +551,15 @@ def decode(policy, active, held, prompts, cache, temperature):
     lengths = [len(row.tokens) for row in active]
     prompt_lengths = [len(prompts[row.prompt_index]) - 1 for row in active]
     slots = [places[row.prompt_index] * num_samples + row.sample_index for row in active]
-    # A slice thinner than this holds one code of a lattice at most: fresh uniforms are as good, and
-    # free of rounding errors, which each token magnifies by 1 / its probability
+    # Once a row's tokens are less likely than this, no other code of a lattice shares them. Fresh
+    # uniforms are as good from there on, and better in one thing: each token magnifies the rounding
+    # error of a code by 1 / its probability
     spread = 1 / num_samples
     codes = [row.code if row.probability >= spread else row.rng.random() for row in active]
 
     memory = policy.memory
     sizes = [len(held), max(prompt_lengths), len(active), 1 + max(lengths)]  # in use
-    if memory.pool:  # a CUDA graph has fixed sizes. One more prompt: a free place
+    if memory.pool:  # a CUDA graph has fixed sizes; one more prompt: the place that stays free
         sizes[0] += 1
         sizes = [round_up(size) for size in sizes]
     num_prompts, prompt_tokens, num_rows, new_tokens = sizes
@@ -547,7 +569,7 @@ def decode(policy, active, held, prompts, cache, temperature):
         num_samples,
     )
 
-    # Rows that the rounding adds decode garbage, of the prompt that would be in the free place
+    # Rows that the rounding adds decode garbage, of the prompt that would be in the last place
     padding = 0, part.completions.shape[2] - len(active)
     integers = F.pad(torch.tensor([last_tokens, lengths, prompt_lengths, slots]), padding)
     integers[3, len(active) :] = part.prompts.shape[2] * num_samples - 1
@@ -560,6 +582,7 @@ def decode(policy, active, held, prompts, cache, temperature):
         key = *[(view.shape, view.stride()) for view in views], temperature
         step = captured(memory, step, inputs, key)
 
+    # zip() leaves out the added rows
     for row, token, logprob, code in zip(active, *step(*inputs).tolist()):
         if math.isnan(logprob):
             raise ValueError("the policy's log-probs are nan: its weights are damaged")
@@ -570,12 +593,12 @@ def decode(policy, active, held, prompts, cache, temperature):
         row.truncated = token not in policy.tokenizer.eos_ids
 
 
-def compact(items, needed, places):
+def compact(items, needed, cached):
     """Drops the items that are not needed. The last one moves into the gap, and what is in
-    places[:, :, index of the item] moves with it."""
+    cached[:, :, index of the item] moves with it."""
     for i in reversed(range(len(items))):
         if not needed[i]:
-            places[:, :, i] = places[:, :, len(items) - 1]
+            cached[:, :, i] = cached[:, :, len(items) - 1]
             items[i] = items[-1]
             items.pop()
 
@@ -602,14 +625,15 @@ def sample(
         results.append(rows)
 
     cache = policy.memory.cut(max(lengths), max_new_tokens, num_samples)
-    most_prompts = cache.prompts.shape[2] - 1  # see captured()
+    most_prompts = cache.prompts.shape[2] - 1  # one place stays free for decode()
     most_rows = cache.completions.shape[2]
     waiting = sorted(range(len(prompts)), key=lambda i: -lengths[i])  # the longest go first
     active, held = [], []  # rows; prompts in memory
     progress = tqdm(total=codes.numel(), desc="sampling", delay=5, leave=False, disable=None)
     while waiting or active:
         room = min((most_rows - len(active)) // num_samples, most_prompts - len(held))
-        enough_room = num_samples * room >= most_rows / 4  # to prefill few prompts is slow
+        # To prefill few prompts is slow. (With no row left, all of the room is there)
+        enough_room = num_samples * room >= most_rows / 4
         if waiting and enough_room:
             # All are padded to the length of the first, and run in one pass
             count = min(room, 1 + PREFILL_TOKENS // lengths[waiting[0]])
@@ -631,6 +655,18 @@ def sample(
 
 
 # ---- Sets, and the prompt of an aggregation ----
+
+
+@dataclass
+class Group:
+    """Completions of one prompt: a problem's traces, or the aggregations of one set of them."""
+
+    prompt: list  # token ids
+    completions: list
+    problem: object = None
+    aggregations: list = field(default_factory=list)  # of a problem's traces: K Groups
+    candidates: list = field(default_factory=list)  # of aggregations: which traces these read
+
 
 CANDIDATE, CANDIDATE_END = "<candidate {}>\n", "\n</candidate>\n"
 AGGREGATE = (
@@ -660,9 +696,11 @@ def draw_sets(num_traces, set_size, num_sets, generator=None, balanced=False):
 
 
 def balance(sets, num_traces, generator):
-    """Exchanges members of the sets, in place, until each trace is in equally many, and no set
-    comes twice. An exchange always exists: a trace in more sets than another is in some that lack
-    the other, and not all of these can be there with the two exchanged."""
+    """Exchanges members of the sets, in place, until each trace is in equally many sets.
+
+    Each exchange puts a trace of few sets in the place of one of many, so that it ends. And there
+    is always one that makes no set twice: more sets hold `most` without `least` than the other way
+    round, so that for one of them the set with the two exchanged isn't there yet."""
     noise = torch.rand(num_traces, generator=generator)  # which of equals comes first
     while True:
         uses = torch.tensor([sum(j in members for members in sets) for j in range(num_traces)])
@@ -670,7 +708,7 @@ def balance(sets, num_traces, generator):
             return
         most = int((uses + noise).argmax())
         least = int((uses - noise).argmin())
-        for number, members in enumerate(sets):  # which are in random order
+        for number, members in enumerate(sets):  # the sets are in random order
             exchanged = members - {most} | {least}
             if most in members and least not in members and exchanged not in sets:
                 sets[number] = exchanged
@@ -682,7 +720,7 @@ def neutralise(text, markers):
     text = re.sub(r"<(/?)candidate", r"(\1candidate", text, flags=re.IGNORECASE)
     if not markers:
         return text
-    # What comes instead is in no marker: else the pieces around it could become one
+    # Left out, the inner marker of "<|im_<|im_end|>end|>" would leave another one
     return re.sub("|".join(map(re.escape, markers)), "\ufffd", text)
 
 
@@ -691,7 +729,7 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
     limit) the longest lose their beginnings. Raises ValueError if the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     bodies = [tokenizer.encode(text) for text in texts]
-    longest = 1 + max(len(body) for body in bodies)  # tokens that a candidate may have
+    longest = 1 + max(len(body) for body in bodies)  # tokens that a candidate may have, at least 1
     while longest > 0:
         message = prompt
         for number, (text, body) in enumerate(zip(texts, bodies), 1):
@@ -702,13 +740,14 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
         excess = len(tokens) - max_tokens
         if max_tokens == 0 or excess <= 0:
             return tokens
-        longest -= 1 + excess // (2 * len(bodies))  # half of the way, since not all are cut
+        # Half of what each would have to lose: short ones lose nothing, so there are more rounds
+        longest -= 1 + excess // (2 * len(bodies))
     raise ValueError(f"no room for candidates in {max_tokens} tokens: raise --max-prompt-tokens")
 
 
 # ---- Advantages: sum_j a_j grad log pi(y_j) + sum_km b_km grad log pi(z_km) ----
-# With set credit at weight 1 its expectation is the gradient of J. (Dynamic sampling leaves out
-# problems that give no gradient, and the clip bounds later updates of a rollout.)
+# With set credit at weight 1 its expectation is the gradient of J: exactly, but for what is left
+# out on purpose: problems that teach nothing, what the clip bounds, and --target-length
 
 
 def search_advantages(rewards, sets, num_traces, balanced=False, published=False):
@@ -717,7 +756,7 @@ def search_advantages(rewards, sets, num_traces, balanced=False, published=False
     A_set(k) = f_k - mean_{l != k} f_l compares a set's score f_k with the other sets' scores, and
     a_j = sum_{k: j in G_k} A_set(k) / (K (1 - p)). p is the chance that another set holds j, too.
     j's own merit is then in the baseline and cancels this part of the signal, so that dividing by
-    1 - p makes the estimate unbiased (CREDIT.md). published: the baseline is the mean of all sets,
+    1 - p makes the estimate unbiased. published: the baseline is the mean of all sets,
     and a_j the mean, not the sum, over the sets that hold j; 0 if there is none."""
     num_sets, set_size = sets.shape[1:]
     scores = rewards.mean(-1)  # [P, K] f_k
@@ -749,7 +788,7 @@ def aggregation_advantages(rewards, published=False):
 
 
 def grpo_advantages(rewards):
-    """(r_j - mean_{i != j} r_i) / G: rewards [P, G] -> [P, G]. No standard deviation: unbiased."""
+    """(r_j - mean_{i != j} r_i) / N: rewards [P, N] -> [P, N]. No standard deviation: unbiased."""
     num_traces = rewards.shape[1]
     others_mean = (rewards.sum(1, keepdim=True) - rewards) / (num_traces - 1)
     return (rewards - others_mean) / num_traces
@@ -758,19 +797,9 @@ def grpo_advantages(rewards):
 # ---- Update: a prompt and its completions are one flat sequence: the prompt runs once ----
 
 
-@dataclass
-class Group:
-    """Completions of one prompt: a problem's traces, or the aggregations of one set of them."""
-
-    prompt: list  # token ids
-    completions: list
-    problem: object = None
-    aggregations: list = field(default_factory=list)  # of a problem's traces: K Groups
-    candidates: list = field(default_factory=list)  # of aggregations: which traces these read
-
-
 def micro_batches(groups, budget):
-    """Completions with an advantage, in lists of Groups of at most `budget` tokens, or of one."""
+    """Completions with an advantage, in lists of Groups: of at most `budget` tokens, or of a single
+    completion that has more."""
     batch, size = [], 0
     for group in groups:
         current = None  # this prompt's Group in the present batch
@@ -814,7 +843,7 @@ def token_logprobs(model, hidden, targets, temperature, chunk_elements=1 << 26):
 def completion_logprobs(model, groups, temperature):
     """(log-probs, the sampler's log-probs, advantages), [N] each, of all sampled tokens of groups.
 
-    All is one flat sequence of pieces, for a prompt p_0 .. p_L with completions a and b:
+    All is one flat sequence of pieces, for a prompt p_0 .. p_L (L + 1 tokens) and completions a, b:
         p_0 .. p_L-1,  p_L a_0 a_1 ..,  p_L b_0 b_1 ..
     The prompt runs once. As in the sampler, its last token is the first input of each completion,
     so that every token in a completion's piece predicts the one sampled there."""
@@ -838,7 +867,7 @@ def completion_logprobs(model, groups, temperature):
             old_logprobs += completion.logprobs
             advantages += [completion.advantage] * size
             sizes.append(size)
-            masks.append(causal_lower_right(size, start + size))  # the prompt, and all before
+            masks.append(causal_lower_right(size, start + size))  # sees the prompt, and its own
 
     def attend(layer, query, key, value):  # [1, H, M, D], [1, kv, M, D] twice -> [1, M, H, D]
         outputs = []
@@ -861,7 +890,7 @@ def completion_logprobs(model, groups, temperature):
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
     """PPO's clipped loss, a sum over tokens; all [N]. In a rollout's first update the ratio is 1,
-    and the gradient is REINFORCE's."""
+    up to rounding, and the gradient is REINFORCE's."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages).sum()
@@ -869,17 +898,18 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 def make_optimizer(model, lr, folder=None):
     """AdamW on fp32 masters: copies of the trained parameters, or these themselves if they are
-    fp32. Steps too small for bf16 add up in them. folder: a checkpoint to go on from."""
+    fp32. Steps too small for bf16 add up in them. Their gradients, which update() sets to 0 first,
+    are sums over micro-batches. folder: a checkpoint to go on from."""
     masters = {p: p.detach().float() for p in model.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0, foreach=False
     )
 
-    def add_to_master(parameter):  # when a micro-batch has its gradient: so the sum is in fp32
+    def add_to_master(parameter):  # when a micro-batch has its gradient
         masters[parameter].grad += parameter.grad
         parameter.grad = None
 
-    def copy_from_masters(*_):  # after a step
+    def copy_from_masters(*_):  # after a step; if fp32, onto itself
         for parameter, master in masters.items():
             parameter.data.copy_(master)
 
@@ -896,8 +926,8 @@ def make_optimizer(model, lr, folder=None):
 
 
 def update(policy, optimizer, groups, num_problems, config):
-    """One optimizer step on the sum of all completions over num_problems: so the gradient doesn't
-    depend on micro-batches. No step if loss or gradient isn't finite."""
+    """One optimizer step on the sum over all completions, divided by num_problems, the useful ones:
+    so the gradient doesn't depend on micro-batches. No step if loss or gradient isn't finite."""
     masters = optimizer.param_groups[0]["params"]
     for master in masters:
         master.grad = torch.zeros_like(master)
@@ -933,7 +963,8 @@ def complete(policy, task, groups, codes, max_new_tokens, temperature):
     each Group, see draw_codes()."""
     prompts = [group.prompt for group in groups]
     results = sample(policy, prompts, max_new_tokens, temperature, codes=torch.stack(codes))
-    # Some chat templates begin the thought that the verifier and the aggregator must not see
+    # Some chat templates write the tag that opens a thought. Without it nobody could tell that what
+    # follows is one, which neither verifier nor aggregator may read
     thinks = policy.tokenizer.decode(prompts[0]).rstrip().endswith("<think>")
     for group, completions in zip(groups, results):
         group.completions = completions
@@ -986,8 +1017,8 @@ def rewards_of(groups):
 
 
 def assign_advantages(groups, advantages, target_length):
-    """Hands out advantages, as many as completions. Over L_target tokens none is positive: being
-    long is never rewarded, and being wrong still punished (target_length 0: no such limit)."""
+    """Hands out advantages, one for each completion, in order. Over L_target tokens none is
+    positive: being long is never rewarded, and being wrong still punished (0: no such limit)."""
     pairs = zip(completions_of(groups), advantages.flatten().tolist())
     for completion, advantage in pairs:
         too_long = 0 < target_length < len(completion.tokens)
@@ -1031,7 +1062,7 @@ def rollout(policy, task, problems, config, generators):
 
 
 def draw_problems(problems, seed, places):
-    """Those at some places of an endless stream, shuffled anew each time through."""
+    """The problems at these places of an endless stream, which is shuffled anew in each epoch."""
     shuffled, drawn = {}, []
     for place in places:
         epoch, index = divmod(place, len(problems))
@@ -1043,7 +1074,8 @@ def draw_problems(problems, seed, places):
 
 def collect(policy, task, problems, cursor, config):
     """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as
-    many are drawn. Returns (groups, how many are useful, cursor after the last)."""
+    many are drawn. Returns (groups of all that were drawn, how many have one, cursor after them):
+    the place in the stream of problems, which fixes the problems and their seeds."""
     groups, useful = [], 0
     limit = cursor + config.max_draws * config.problems
     while useful < config.problems and cursor < limit:
@@ -1091,9 +1123,9 @@ def vote_reward(task, group):
 
 
 def recursive_self_aggregation(policy, task, problems, config, seeds):
-    """RSA (arXiv 2509.26626): a population of traces; then, in each step, one of as many
-    aggregations, each of `set_size` random members of the last population. seeds: one for each of P
-    problems -> [rsa_steps + 1][P] Groups."""
+    """RSA (arXiv 2509.26626). The first population of a problem is eval_traces traces. Each step
+    makes a new one of as many aggregations: each of them reads set_size random members of the last
+    population. seeds: one for each of P problems -> [rsa_steps + 1][P] Groups."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     size = config.eval_traces
     history = [search(policy, task, problems, config, size, generators, config.lattice)]
@@ -1107,21 +1139,22 @@ def recursive_self_aggregation(policy, task, problems, config, seeds):
         history.append([])
         for group in groups:
             members = completions_of(group.aggregations)
-            history[-1].append(Group([], members, group.problem))
+            history[-1].append(Group([], members, group.problem))  # of no common prompt
     return history
 
 
 def evaluate(policy, task, problems, config, seeds):
-    """{what: scores [P]}: of traces and their vote; of what SPIRAL trains for: traces, as many
-    aggregations, a vote; and of recursion behind it. seeds: one per problem."""
+    """The rows of the table, {name: scores [P]}: of a trace, the best trace, and the traces' vote;
+    after one step, of an aggregation and the aggregations' vote; after more steps, of the vote.
+    seeds: one for each problem."""
     history = recursive_self_aggregation(policy, task, problems, config, seeds)
     size, rewards = config.eval_traces, rewards_of(history[0])
-    traces = f"{size} traces (lattice)" if config.lattice else f"{size} traces"
-    scores = {"a trace is right": rewards.mean(1), f"one of {traces} is": rewards.amax(1)}
+    label = f"{size} traces (lattice)" if config.lattice else f"{size} traces"
+    scores = {"a trace is right": rewards.mean(1), f"one of {label} is": rewards.amax(1)}
     for step, groups in enumerate(history):
         name = f"vote after step {step}"
         if step == 0:
-            name = f"vote of {traces}"
+            name = f"vote of {label}"
         if step == 1:
             name = f"vote of {size} aggregations"
             scores[f"one aggregation of {config.set_size}"] = rewards_of(groups).mean(1)
@@ -1130,8 +1163,8 @@ def evaluate(policy, task, problems, config, seeds):
 
 
 def report(policy, task, config, out, name):
-    """Evaluates on held-out problems: a row of evaluation.jsonl, of fewer problems after Ctrl-C.
-    Prints the table."""
+    """Evaluates on held-out problems: a row of evaluation.jsonl; if that is interrupted, of fewer
+    problems. Prints the table."""
     if config.eval_problems == 0:
         return
     problems = task.problems("test", config.eval_problems, 0)
@@ -1166,7 +1199,7 @@ def print_table(rows):
 
 # ---- Training. Checkpoints are Hugging Face folders; randomness comes from seed and cursor ----
 
-CHECKPOINTS = "step-" + "[0-9]" * 5  # a pattern of their names
+CHECKPOINTS = "step-" + "[0-9]" * 5  # a pattern of their names, up to step 99,999
 
 
 def save_checkpoint(folder, state, policy, optimizer):
@@ -1206,7 +1239,7 @@ def resume(config, out):
     settings["model"] = os.path.normpath(config.model)
     for folder in sorted(out.glob(CHECKPOINTS), reverse=True):
         state = json.loads((folder / "state.json").read_text("utf-8"))
-        saved = vars(Config()) | state["run"]  # settings that are newer than the run: the default
+        saved = vars(Config()) | state["run"]  # what an older version didn't save: the default
         for name, value in settings.items():
             if saved[name] != value:
                 there = f"--{name.replace('_', '-')} {saved[name]}, here {value}"
@@ -1233,7 +1266,7 @@ def train_step(policy, optimizer, task, problems, state, config):
     stats = updates[0] | {"step": step, "drawn": drawn, "useful": useful, "lr": lr}
     stats["skipped"] = sum(result["skipped"] for result in updates)
     stats["search"] = statistics(groups)
-    stats["aggregation"] = statistics(answers or groups)
+    stats["aggregation"] = statistics(answers or groups)  # grpo has traces alone
     stats["seconds"] = seconds
     stats["tokens_per_second"] = statistics(groups + answers)["tokens"] / seconds
     if torch.cuda.is_available():
@@ -1254,7 +1287,7 @@ def take_steps(policy, optimizer, task, problems, state, config, out):
     metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
     state["metrics_bytes"] = min(state["metrics_bytes"], metrics.tell())
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
-    received = []  # signals. A step that has begun is finished, and saved
+    received = []  # signals. A step that has begun is finished, evaluated, and saved
     for number in (SIGINT, SIGTERM):
         signal(number, lambda number, frame: received.append(number))
     while state["step"] < config.steps and not received:
@@ -1267,12 +1300,12 @@ def take_steps(policy, optimizer, task, problems, state, config, out):
             raise ValueError(f"another run writes into {out}")
         print(json.dumps(stats), file=metrics, flush=True)
         state["metrics_bytes"] = metrics.tell()
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            report(policy, task, config, out, f"step {step}")
         if received or step == config.steps or step % config.save_every == 0:
             print(f"--- step {step} ---\n{show.transcript(task, groups[0])}")
             save_checkpoint(out / f"step-{step:05d}", state, policy, optimizer)
             remove_old_checkpoints(out)
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            report(policy, task, config, out, f"step {step}")
     signal(SIGINT, default_int_handler)
     signal(SIGTERM, SIG_DFL)
     return received[0] if received else 0

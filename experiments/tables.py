@@ -14,7 +14,6 @@ plot.py, which fills all pages:
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import rows as raw
