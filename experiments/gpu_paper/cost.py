@@ -13,6 +13,7 @@ that are there, once, at all of the card's bandwidth."""
 
 import sys
 from collections import Counter, namedtuple
+from functools import cache
 
 from fakecuda import Meter, fake, make_policy, settings_of, size, spiral, torch
 
@@ -43,6 +44,14 @@ def seconds(kernel, card, cached=True):
     return max(moved / bandwidth, kernel.flops / (peak * card.share), LAUNCH)
 
 
+@cache
+def policy_of(model, layers, lora, dtype):
+    with fake:
+        settings = settings_of(model, num_hidden_layers=layers)
+        return make_policy(settings, dtype, lora, gigabytes=0.001)
+
+
+@cache
 def kernels_of(step):
     """Counter of the kernels of a decoding step: measured with one layer and two, the rest is
     multiplication. And bytes of the floor."""
@@ -50,9 +59,8 @@ def kernels_of(step):
     layers = settings_of(step.model).num_hidden_layers
     found, weights = [], []
     for number in (1, 2):
-        settings = settings_of(step.model, num_hidden_layers=number)
+        policy = policy_of(step.model, number, step.lora, dtype)
         with fake, torch.no_grad():
-            policy = make_policy(settings, dtype, step.lora, gigabytes=0.001)
             heads, width = policy.memory.shape[2:]
             with torch.device("cuda"):
                 prompts = number, 2, step.prompts, heads, step.prompt_tokens, width
