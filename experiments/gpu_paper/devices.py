@@ -5,6 +5,8 @@ tensor on the wrong device raises. Says which attention kernels torch would choo
     python experiments/gpu_paper/devices.py
 """
 
+import sys
+
 from fakecuda import CHOSEN, fake, make_policy, settings_of, spiral, torch
 
 
@@ -89,8 +91,9 @@ def try_all(dtype, kv_heads, lora_rank, checkpointing):
 
 
 def main():
-    for dtype in (torch.bfloat16, torch.float32):
-        for kv_heads in (2, 4):
+    dtypes = [torch.bfloat16] if "--short" in sys.argv else [torch.bfloat16, torch.float32]
+    for dtype in dtypes:
+        for kv_heads in (2,) if "--short" in sys.argv else (2, 4):
             for lora_rank, checkpointing in ((0, False), (8, True)):
                 chosen = try_all(dtype, kv_heads, lora_rank, checkpointing)
                 print(f"{dtype} kv {kv_heads} of 4, LoRA {lora_rank}:", chosen, flush=True)
