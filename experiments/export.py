@@ -4,13 +4,14 @@
     python experiments/export.py runs/spiral-countdown-0/step-00100 exported
 """
 
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from transformers import GenerationConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
 import spiral  # noqa: E402
 
@@ -23,7 +24,6 @@ def export(checkpoint, folder):
     model = policy.model.cpu()
     if getattr(model, "peft_config", None):
         model = merge(model)
-    limit = model.config.max_position_embeddings
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(policy.tokenizer.eos_ids - {None}),
         pad_token_id=policy.tokenizer.hf.pad_token_id,
@@ -31,7 +31,6 @@ def export(checkpoint, folder):
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_length=limit,
     )
     model.save_pretrained(folder)
     policy.tokenizer.hf.save_pretrained(folder)
@@ -40,8 +39,6 @@ def export(checkpoint, folder):
 
 def stored_dtype(checkpoint):
     """What the weights on disk are: a run's own option says it, else the folder's config."""
-    import json
-
     state = Path(checkpoint, "state.json")
     if state.exists():
         return json.loads(state.read_text("utf-8"))["run"]["dtype"]
@@ -61,9 +58,11 @@ def merge(model):
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-    return model.to(dtype)
+    with torch.device("meta"):  # a model that never had adapters: this one would save them
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    plain.load_state_dict(model.to(dtype).state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
 
 
 def main():

@@ -1,7 +1,7 @@
 """Follows a run and logs each of its steps to Weights & Biases, from a process of its own.
 
-    pip install wandb
-    python experiments/log_wandb.py runs/spiral-countdown-0 PROJECT
+pip install wandb
+python experiments/log_wandb.py runs/spiral-countdown-0 PROJECT
 """
 
 import json
@@ -32,7 +32,10 @@ def flat(row, prefix=""):
     """{"search": {"reward": 1}} -> {"search/reward": 1}"""
     found = {}
     for key, value in row.items():
-        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}/")
+        else:
+            found[prefix + key] = value
     return found
 
 

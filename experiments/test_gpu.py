@@ -1,5 +1,5 @@
-"""Tests of what is meant for a GPU, without one: emulated devices, capture, the script for a card in
-miniature, export and logging."""
+"""Tests of what is meant for a GPU, without one: emulated devices, capture, the script for a card
+in miniature, export and logging."""
 
 import json
 import shutil
@@ -31,9 +31,9 @@ def test_no_tensor_is_on_the_wrong_device():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_captured_step_freezes_nothing(checkpointing):
-    calls = capture.CALLS[2:] * 2
+    calls = [{"prompts": capture.PROMPTS, "num_samples": 2}] * 2
     graphs, replays, _, error = capture.compare(torch.float32, checkpointing, calls)
-    assert 0 < graphs < replays and error < 3e-6
+    assert 0 < graphs < replays / 3 and error < 3e-6
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])

@@ -91,7 +91,7 @@ def step_seconds(kernels, card, cached=True):
 
 
 def main():
-    print("| one decoding step | kernels | GB | GB, floor | 4090 ms | of floor | H200 ms | of floor |")
+    print("| a step of | kernels | GB | GB, floor | 4090 ms | of floor | H200 ms | of floor |")
     print("|---|---|---|---|---|---|---|---|")
     for name, step in STEPS.items():
         kernels, floor = kernels_of(step)

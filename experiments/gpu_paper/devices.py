@@ -46,9 +46,10 @@ def try_sampling(policy):
         def replay(*inputs):
             assert all(tensor.is_cuda for tensor in inputs)
             rows = range(len(inputs[0]))  # every third completion ends
-            return Numbers([[0.0 if i % 3 == 2 else 7.0 for i in rows], [-0.5] * len(rows)] + [
-                [0.5] * len(rows)
-            ])
+            return Numbers(
+                [[0.0 if i % 3 == 2 else 7.0 for i in rows], [-0.5] * len(rows)]
+                + [[0.5] * len(rows)]
+            )
 
         return replay
 

@@ -8,7 +8,6 @@ spiral. What it changes in torch stays changed: run it in a process of its own."
 import ctypes
 import importlib.util
 import inspect
-import math
 import os
 import subprocess
 import sys

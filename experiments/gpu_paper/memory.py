@@ -61,8 +61,8 @@ def prefill_bytes(policy, longest):
 
 def main():
     paths = [Path(word) for word in sys.argv[1:]] or sorted(PRESETS.glob("qwen*.args"))
-    print("| preset | weights | masters, gradients, Adam | keys, values | decoding | prefill "
-          "| update | most at once |")
+    names = "weights|masters, gradients, Adam|keys, values|decoding|prefill|update|most at once"
+    print("| preset |", names.replace("|", " | "), "|")
     print("|---|---|---|---|---|---|---|---|")
     for path in paths:
         config = config_of(path)

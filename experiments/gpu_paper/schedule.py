@@ -1,5 +1,5 @@
-"""A rollout and an evaluation of each preset with the real scheduler: sample(), decode(), the cut of
-the memory and the graphs' rounding are spiral.py's, the lengths of completions are drawn, and a
+"""A rollout and an evaluation of each preset with the real scheduler: sample(), decode(), the cut
+of the memory and the graphs' rounding are spiral.py's, the lengths of completions are drawn, and a
 step takes as long as cost.py says. Nothing runs on a card.
 
     python experiments/gpu_paper/schedule.py                # the presets
@@ -24,9 +24,9 @@ QUESTION = 120  # tokens of a problem's prompt
 
 PRESETS = {  # model, LoRA rank, gigabytes, longest prompt and completions, problems a step
     "tiny": ("tiny", 0, 0.5, 512, 24, 48, 16),
-    "qwen2.5-1.5b-countdown-24gb": ("qwen2.5-1.5b", 64, 4.0, 2560, 512, 512, 16),
-    "qwen2.5-0.5b-countdown-16gb": ("qwen2.5-0.5b", 0, 2.0, 2560, 512, 512, 16),
-    "qwen3-4b-math-24gb": ("qwen3-4b", 32, 6.0, 5120, 1024, 1024, 32),
+    "qwen2.5-1.5b-countdown-24gb": ("qwen2.5-1.5b", 64, 4.0, 2304, 512, 512, 16),
+    "qwen2.5-0.5b-countdown-16gb": ("qwen2.5-0.5b", 0, 1.5, 2304, 512, 512, 16),
+    "qwen3-4b-math-24gb": ("qwen3-4b", 32, 6.0, 5120, 1024, 1024, 16),
     "qwen3-4b-math-paper": ("qwen3-4b", 32, 40.0, 17_920, 4096, 4096, 256),
 }
 
