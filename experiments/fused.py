@@ -1,5 +1,5 @@
-"""The same model in fewer kernels, for a GPU. In a decoding step of few rows most kernels are small,
-and more than half of these belong to Hugging Face's norms and to LoRA's products.
+"""The same model in fewer kernels, for a GPU. In a step of few rows most kernels are small, and
+more than half of these belong to Hugging Face's norms and to LoRA's products.
 
     fused.fuse(model)
 

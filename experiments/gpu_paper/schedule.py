@@ -22,12 +22,13 @@ CAPTURE = 0.2  # seconds to capture a graph, beside the four times that it runs
 PYTHON = 0.3e-3  # seconds of Python and copies for each step
 QUESTION = 120  # tokens of a problem's prompt
 
-PRESETS = {  # model, LoRA rank, gigabytes, longest prompt and completions, problems a step
-    "tiny": ("tiny", 0, 0.5, 512, 24, 48, 16),
-    "qwen2.5-1.5b-countdown-24gb": ("qwen2.5-1.5b", 64, 4.0, 2304, 512, 512, 16),
-    "qwen2.5-0.5b-countdown-16gb": ("qwen2.5-0.5b", 0, 1.5, 2304, 512, 512, 16),
-    "qwen3-4b-math-24gb": ("qwen3-4b", 32, 6.0, 5120, 1024, 1024, 16),
-    "qwen3-4b-math-paper": ("qwen3-4b", 32, 40.0, 17_920, 4096, 4096, 256),
+# Model, LoRA rank, gigabytes, longest prompt and completions, problems a step, --rsa-steps
+PRESETS = {
+    "tiny": ("tiny", 0, 0.5, 512, 24, 48, 16, 2),
+    "qwen2.5-1.5b-countdown-24gb": ("qwen2.5-1.5b", 64, 4.0, 2304, 512, 512, 16, 2),
+    "qwen2.5-0.5b-countdown-16gb": ("qwen2.5-0.5b", 0, 1.5, 2304, 512, 512, 16, 2),
+    "qwen3-4b-math-24gb": ("qwen3-4b", 32, 8.0, 5120, 1024, 1024, 16, 1),
+    "qwen3-4b-math-paper": ("qwen3-4b", 32, 40.0, 17_920, 4096, 4096, 256, 1),
 }
 
 
@@ -144,10 +145,10 @@ def rollout(simulation, problems, longest, trace_tokens, answer_tokens, draw):
     return traces, answers
 
 
-def evaluation(simulation, problems, longest, trace_tokens, answer_tokens, draw):
-    """8 traces, and two steps of recursion: once for each 50 problems."""
+def evaluation(simulation, problems, longest, trace_tokens, answer_tokens, draw, steps):
+    """8 traces, and recursion: once for each 50 problems."""
     lengths = simulation.sample([QUESTION] * problems, 8, trace_tokens, lambda: draw(trace_tokens))
-    for _ in range(2):
+    for _ in range(steps):
         prompts = aggregation_prompts(lengths, 8, 4, longest)
         found = simulation.sample(prompts, 1, answer_tokens, lambda: draw(answer_tokens))
         lengths = [sum(found[i : i + 8], []) for i in range(0, len(found), 8)]
@@ -171,7 +172,9 @@ def main():
     names = [word for word in sys.argv[1:] if word in PRESETS] or list(PRESETS)
     few = "--short" in sys.argv
     for name in names:
-        model, lora, gigabytes, longest, trace_tokens, answer_tokens, problems = PRESETS[name]
+        model, lora, gigabytes, longest, trace_tokens, answer_tokens, problems, steps = PRESETS[
+            name
+        ]
         kinds = {"short": lambda limit: min(limit, short()), "cut off": cut_off}
         if name == "tiny":
             kinds = {"short": lambda limit: random.randint(limit // 2, limit)}
@@ -180,9 +183,11 @@ def main():
             number = 2 if few else min(problems, 16)
             rollout(simulation, number, longest, trace_tokens, answer_tokens, draw)
             show(f"{name}, {number} problems, {kind}", simulation)
-        if not few:
-            evaluation(simulation, 50, longest, trace_tokens, answer_tokens, draw)
-            show("    and an evaluation of 50", simulation)
+            if not few:
+                simulation.steps = simulation.tokens = simulation.not_captured = 0
+                simulation.seconds.clear()
+                evaluation(simulation, 50, longest, trace_tokens, answer_tokens, draw, steps)
+                show("    an evaluation of 50 problems", simulation)
 
 
 if __name__ == "__main__":
