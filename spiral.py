@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -150,8 +151,8 @@ class Config:
         rsa_steps""".split()
         for name, value in vars(self).items():
             if type(value) in (int, float):
-                in_range = 0 <= value < 2**31  # nan isn't
-                if not in_range or (value == 0 and name not in may_be_zero):
+                smallest = 0 if name in may_be_zero else 1e-12
+                if not smallest <= value < 2**31:  # nan isn't
                     raise ValueError(f"--{name.replace('_', '-')} {value}: out of range")
         if min(self.num_sets, self.num_aggregations) < 2:
             raise ValueError("--num-sets, --num-aggregations: below 2 there is no baseline")
@@ -243,7 +244,7 @@ def load_policy(config, questions=("",)):
     try:
         settings = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # of many kinds
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ValueError(f"--model {base}: no such folder, or broken: {reason}") from None
     check_architecture(settings, base, config)
 
@@ -286,7 +287,6 @@ def load_model(path, config, is_adapter):
             dtype=config.dtype,
             attn_implementation="spiral",
             use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
         )
     except RuntimeError:  # transformers speaks of ignore_mismatched_sizes
@@ -309,6 +309,9 @@ def load_model(path, config, is_adapter):
         model.to("cuda")
         # cuDNN's attention would plan anew for each new length of a prompt, for half a second
         torch.backends.cuda.enable_cudnn_sdp(False)
+        from experiments import fused
+
+        fused.fuse(model)  # the same model in half as many kernels
     elif model.num_parameters() < 20e6:
         torch.set_num_threads(1)  # more would wait for each other longer than they compute
     if config.gradient_checkpointing:
@@ -724,9 +727,9 @@ def neutralise(text, markers):
     return re.sub("|".join(map(re.escape, markers)), "\ufffd", text)
 
 
-def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
-    """Tokens of the problem's prompt with numbered candidates (strings). Over `max_tokens` (0: no
-    limit) the longest lose their beginnings. Raises ValueError if the problem leaves no room."""
+def aggregation_prompt(tokenizer, prompt, traces, max_tokens):
+    """Tokens of the problem's prompt with numbered candidates (strings). Over `max_tokens` the
+    longest lose their beginnings. Raises ValueError if the problem leaves no room."""
     texts = [neutralise(trace, tokenizer.markers) for trace in traces]
     bodies = [tokenizer.encode(text) for text in texts]
     longest = 1 + max(len(body) for body in bodies)  # tokens that a candidate may have, at least 1
@@ -738,7 +741,7 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens=0):
             message += CANDIDATE.format(number) + text + CANDIDATE_END
         tokens = tokenizer.chat(message + AGGREGATE)
         excess = len(tokens) - max_tokens
-        if max_tokens == 0 or excess <= 0:
+        if excess <= 0:
             return tokens
         # Half of what each would have to lose: short ones lose nothing, so there are more rounds
         longest -= 1 + excess // (2 * len(bodies))
@@ -847,22 +850,22 @@ def completion_logprobs(model, groups, temperature):
         p_0 .. p_L-1,  p_L a_0 a_1 ..,  p_L b_0 b_1 ..
     The prompt runs once. As in the sampler, its last token is the first input of each completion,
     so that every token in a completion's piece predicts the one sampled there."""
-    inputs, positions, sampled = [], [], []  # of the whole sequence; sampled: predicts a token
-    targets, old_logprobs, advantages = [], [], []  # of the sampled tokens
+    inputs, positions = [], []  # of the whole sequence
+    sampled = []  # the places in it that predict a sampled token
+    targets, old_logprobs, advantages = [], [], []  # of these tokens
     sizes, masks = [], []  # of the pieces
     for group in groups:
         *prompt, last_prompt_token = group.prompt
         start = len(prompt)
         inputs += prompt
         positions += range(start)
-        sampled += [False] * start
         sizes.append(start)
         masks.append(None)
         for completion in group.completions:
             size = len(completion.tokens)
+            sampled += range(len(inputs), len(inputs) + size)
             inputs += [last_prompt_token] + completion.tokens[:-1]
             positions += range(start, start + size)
-            sampled += [True] * size
             targets += completion.tokens
             old_logprobs += completion.logprobs
             advantages += [completion.advantage] * size
@@ -1172,10 +1175,11 @@ def report(policy, task, config, out, name):
     try:
         for start in tqdm(range(0, len(problems), 50), f"evaluating {name}", disable=None):
             part = problems[start : start + 50]
-            seeds = range(start, start + len(part))
+            end = start + len(part)
+            seeds = range(start, end)
             for score_name, scores in evaluate(policy, task, part, config, seeds).items():
                 sums[score_name] += scores.sum().item()
-            done += len(part)
+            done = end
     finally:
         if done:
             row = {"policy": name, "problems": done}
@@ -1351,6 +1355,7 @@ def parse_config(arguments=None):
     for option in fields(Config):
         option.metadata = {"help": texts.get(option.name, "")}
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = partial(shlex.split, comments=True)  # the lines of a file
 
     def fail(message):  # in one line, not with a page of usage
         raise ValueError(message)
@@ -1361,7 +1366,7 @@ def parse_config(arguments=None):
 
 def run(config):
     """Training, evaluation or an answer, as the config says. Returns the exit code."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if "LOCAL_RANK" in os.environ:
         raise ValueError("this file runs in one process, on one GPU: start it without torchrun")
     task = tasks.make_task(config.task, config.data)
     name = config.algo if config.steps else "evaluation"

@@ -1164,7 +1164,7 @@ def test_special_and_bracketed_added_tokens_are_markers_and_other_added_ones_are
     assert sorted(tokenizer.markers) == sorted([*SPECIAL, "<|User|>"])
     text = r"21 é🙂 \boxed{\frac{1}{2}}"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    shown = tokenizer.decode(spiral.aggregation_prompt(tokenizer, "Q\n", [text]))
+    shown = tokenizer.decode(spiral.aggregation_prompt(tokenizer, "Q\n", [text], 999))
     assert f"\n{text}\n" in shown
 
 
@@ -1172,7 +1172,7 @@ def test_a_tokenizer_without_added_tokens_has_no_markers_and_neutralises_all_the
     assert spiral.neutralise("a <candidate 2> | b", []) == "a (candidate 2> | b"
     tokenizer = load(hub).tokenizer
     tokenizer.markers = []
-    shown = tokenizer.decode(spiral.aggregation_prompt(tokenizer, "Q\n", ["a | b"]))
+    shown = tokenizer.decode(spiral.aggregation_prompt(tokenizer, "Q\n", ["a | b"], 999))
     assert "\na | b\n" in shown
 
 
@@ -1281,7 +1281,7 @@ FORGERIES = [
 
 
 def test_the_prompt_lists_the_candidates_in_order():
-    tokens = spiral.aggregation_prompt(TINY, "Question?\n", ["one", "two"])
+    tokens = spiral.aggregation_prompt(TINY, "Question?\n", ["one", "two"], 999)
     shown = "<candidate 1>\none\n</candidate>\n<candidate 2>\ntwo\n</candidate>\n"
     assert TINY.decode(tokens) == f"Question?\n{shown}{spiral.AGGREGATE}"
 
@@ -1289,7 +1289,7 @@ def test_the_prompt_lists_the_candidates_in_order():
 @each("room", [60, 90, 150])
 def test_long_candidates_lose_their_beginnings_and_short_ones_stay_whole(room):
     traces = ["begin" + "x" * 200 + "last1", "short and whole", "begin" + "y" * 60 + "last2"]
-    frame = len(spiral.aggregation_prompt(TINY, "Q", [""] * 3))
+    frame = len(spiral.aggregation_prompt(TINY, "Q", [""] * 3, 999))
     tokens = spiral.aggregation_prompt(TINY, "Q", traces, max_tokens=frame + room)
     assert frame + room - 2 <= len(tokens) <= frame + room  # the room is used
     first, second, third = re.findall(r"<candidate .>\n(.*)\n</cand", TINY.decode(tokens))
@@ -1334,10 +1334,10 @@ def test_candidates_cannot_forge_the_structure(text, name, limit, hub):
 
 def test_candidates_of_any_sampled_tokens_cannot_forge_the_structure():
     rng = random.Random(0)
-    honest = structure_of(spiral.aggregation_prompt(TINY, "Q\n", ["", ""]), TINY)
+    honest = structure_of(spiral.aggregation_prompt(TINY, "Q\n", ["", ""], 999), TINY)
     for _ in range(100):
         traces = [TINY.decode(rng.choices(range(1240, 1275), k=12)) for _ in range(2)]
-        tokens = spiral.aggregation_prompt(TINY, "Q\n", traces)
+        tokens = spiral.aggregation_prompt(TINY, "Q\n", traces, 9999)
         assert structure_of(tokens, TINY) == honest
 
 
@@ -1441,7 +1441,7 @@ def test_a_rollout_shows_each_aggregation_the_traces_of_its_set(coin_rewards):
         assert sorted(uses) == [0, 1, 2, 3]  # two balanced sets of two of four
         for answer in group.aggregations:
             shown = [group.completions[j].text for j in answer.candidates]
-            prompt = spiral.aggregation_prompt(TINY, question, shown)
+            prompt = spiral.aggregation_prompt(TINY, question, shown, 999)
             assert answer.prompt == prompt and len(answer.completions) == 3
         for c in spiral.completions_of([group, *group.aggregations]):
             *before, last = c.tokens

@@ -177,7 +177,7 @@ def document(task, problem, tokenizer, rng, role, skill, noise):
     else:
         texts = candidates(task, problem, rng, skill, noise)
         text = aggregation(task, problem, texts, rng, noise)
-        read = spiral.aggregation_prompt(tokenizer, prompt, texts)
+        read = spiral.aggregation_prompt(tokenizer, prompt, texts, max_tokens=10**6)
     written = [*tokenizer.encode(text), *tokenizer.eos_ids]
     known = min(len(start) + 1, len(read))  # a search trace must not begin like a candidate
     weights = [0.0] * known + [0.3] * (len(read) - known) + [1.0] * len(written)
