@@ -75,7 +75,7 @@ class Config:
     balanced: every trace is in equally many sets; --no-balanced: sets are drawn uniformly
     steps: training steps; 0: evaluate only
     problems: problems per step with an advantage that is not zero
-    max_draws: a step gives up after drawing max_draws * problems
+    max_draws: a step draws at most max_draws * problems, and trains on what it has
     train_problems: how many there are to train on, shuffled anew each time through
     updates: optimizer updates per rollout; 1 is plain REINFORCE
     clip: of the importance ratio; matters with more than one update, or in bfloat16
@@ -248,8 +248,7 @@ def load_policy(config, questions=("",)):
         raise ValueError(f"--model {base}: no such folder, or broken: {reason}") from None
     check_architecture(settings, base, config)
 
-    has_tokenizer = Path(path, "tokenizer_config.json").exists()
-    tokenizer = Tokenizer(path if has_tokenizer else base)
+    tokenizer = Tokenizer(path if Path(path, "tokenizer_config.json").exists() else base)
     # A prompt on trial: is there room for candidates, and are its tokens in the vocabulary?
     longest = max(questions, key=lambda text: len(tokenizer.encode(text)))
     candidates = ["0" * 99] * config.set_size
@@ -318,7 +317,8 @@ def load_model(path, config, is_adapter):
         # From 5.23 on transformers has a new name for it
         old_enable = model.gradient_checkpointing_enable
         enable = getattr(model, "activation_checkpointing_enable", old_enable)
-        # Nothing here needs the random state, and with it no CUDA graph could be captured
+        # Nothing here needs the random state. Sampling runs through these layers, too, and saving
+        # the state would forbid its CUDA graphs
         enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in model.modules():  # transformers checkpoints layers in training mode only
             module.training = isinstance(module, transformers.GradientCheckpointingLayer)
@@ -408,9 +408,9 @@ class Memory:
         self.pool = torch.cuda.graph_pool_handle() if self.block.is_cuda else None
 
     def cut(self, prompt_tokens, new_tokens, num_samples):
-        """A Cache with room for as many prompts and all their completions as fit, for a quarter
-        more prompts, since some completions end early, and for one more, whose place stays free
-        for the rows that decode() adds. Raises ValueError if none fits."""
+        """A Cache for as many prompts, with all of their completions, as fit. Beyond these it has
+        room for a quarter more prompts, since some completions end early, and for one more, whose
+        place stays free for the rows that decode() adds. Raises ValueError if none fits."""
         length = max(64, round_up(prompt_tokens))  # few lengths: few CUDA graphs
         groups = (self.tokens - length) // (num_samples * new_tokens + 5 * length // 4)
         if groups < 1:
@@ -498,7 +498,7 @@ def decode_step(model, cache, temperature, last_tokens, lengths, prompt_lengths,
     bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, L + T]
 
     # The completions' keys are in the order of the rows. A prompt's keys are shared by its rows: to
-    # read them once, these are put into the grid, where the rows of a prompt stand together
+    # read them once, these rows' queries, and later their weights, stand together in the grid
     place, sample = slots // num_samples, slots % num_samples
 
     def to_grid(x):  # [B, kv, G, C] -> [U, kv, num_samples * G, C], 0 where there is no row
@@ -572,7 +572,8 @@ def decode(policy, active, held, prompts, cache, temperature):
         num_samples,
     )
 
-    # Rows that the rounding adds decode garbage, of the prompt that would be in the last place
+    # Rows that the rounding adds decode garbage. Their slot is in the place that stays free: in any
+    # other they might overwrite a real row's entry in the grid
     padding = 0, part.completions.shape[2] - len(active)
     integers = F.pad(torch.tensor([last_tokens, lengths, prompt_lengths, slots]), padding)
     integers[3, len(active) :] = part.prompts.shape[2] * num_samples - 1
@@ -581,6 +582,7 @@ def decode(policy, active, held, prompts, cache, temperature):
     inputs = [*integers.to(device), codes.to(device)]
     step = partial(decode_step, policy.model, part, temperature)
     if memory.pool:
+        # The strides tell how memory was cut: where the views begin, and num_samples, too
         views = part.prompts, part.completions
         key = *[(view.shape, view.stride()) for view in views], temperature
         step = captured(memory, step, inputs, key)
@@ -743,7 +745,8 @@ def aggregation_prompt(tokenizer, prompt, traces, max_tokens):
         excess = len(tokens) - max_tokens
         if excess <= 0:
             return tokens
-        # Half of what each would have to lose: short ones lose nothing, so there are more rounds
+        # If all were long, each would have to lose excess / n. Half of it is taken at a time, so as
+        # not to cut too much, until it fits
         longest -= 1 + excess // (2 * len(bodies))
     raise ValueError(f"no room for candidates in {max_tokens} tokens: raise --max-prompt-tokens")
 
@@ -849,7 +852,7 @@ def completion_logprobs(model, groups, temperature):
     All is one flat sequence of pieces, for a prompt p_0 .. p_L (L + 1 tokens) and completions a, b:
         p_0 .. p_L-1,  p_L a_0 a_1 ..,  p_L b_0 b_1 ..
     The prompt runs once. As in the sampler, its last token is the first input of each completion,
-    so that every token in a completion's piece predicts the one sampled there."""
+    so that the i-th token of a completion's piece predicts the i-th token that was sampled."""
     inputs, positions = [], []  # of the whole sequence
     sampled = []  # the places in it that predict a sampled token
     targets, old_logprobs, advantages = [], [], []  # of these tokens
@@ -1077,8 +1080,8 @@ def draw_problems(problems, seed, places):
 
 def collect(policy, task, problems, cursor, config):
     """Dynamic sampling: rolls out until config.problems have an advantage, or max_draws times as
-    many are drawn. Returns (groups of all that were drawn, how many have one, cursor after them):
-    the place in the stream of problems, which fixes the problems and their seeds."""
+    many are drawn. Returns (groups of all that were drawn, how many have one, cursor after them).
+    The cursor is the place in the stream of problems, which fixes the problems and their seeds."""
     groups, useful = [], 0
     limit = cursor + config.max_draws * config.problems
     while useful < config.problems and cursor < limit:
@@ -1208,7 +1211,7 @@ CHECKPOINTS = "step-" + "[0-9]" * 5  # a pattern of their names, up to step 99,9
 
 def save_checkpoint(folder, state, policy, optimizer):
     """Written aside, flushed to disk, renamed: a kill leaves the last whole one. `state` is JSON.
-    Raises OSError if it can't be written."""
+    Raises OSError or SafetensorError if it can't be written."""
     aside = folder.with_name("unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     policy.model.save_pretrained(aside)
@@ -1219,7 +1222,7 @@ def save_checkpoint(folder, state, policy, optimizer):
     except RuntimeError:  # torch speaks of streams
         raise OSError(f"can't write {aside}: is the disk full?") from None
     (aside / "state.json").write_text(json.dumps(state))
-    for path in aside.iterdir():
+    for path in aside.rglob("*.*"):
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     os.replace(aside, folder)
@@ -1291,10 +1294,10 @@ def take_steps(policy, optimizer, task, problems, state, config, out):
     metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
     state["metrics_bytes"] = min(state["metrics_bytes"], metrics.tell())
     metrics.truncate(state["metrics_bytes"])  # what came after the checkpoint comes again
-    received = []  # signals. A step that has begun is finished, evaluated, and saved
+    received = []  # signals. A step that has begun is finished, and saved
     for number in (SIGINT, SIGTERM):
         signal(number, lambda number, frame: received.append(number))
-    while state["step"] < config.steps and not received:
+    while state["step"] < config.steps:
         stats, groups = train_step(policy, optimizer, task, problems, state, config)
         step = state["step"]
         first_reward = state.setdefault("first_reward", stats["search"]["reward"])
@@ -1310,6 +1313,8 @@ def take_steps(policy, optimizer, task, problems, state, config, out):
             print(f"--- step {step} ---\n{show.transcript(task, groups[0])}")
             save_checkpoint(out / f"step-{step:05d}", state, policy, optimizer)
             remove_old_checkpoints(out)
+            if received:
+                break
     signal(SIGINT, default_int_handler)
     signal(SIGTERM, SIG_DFL)
     return received[0] if received else 0
@@ -1334,6 +1339,7 @@ def train(task, config, out):
         return 128 + number
 
     name, rows = f"step {state['step']}", evaluation_rows(out)
+    # An evaluation that was interrupted has fewer problems than the first, and doesn't count
     whole = [row["policy"] for row in rows if row["problems"] == rows[0]["problems"]]
     if name in whole:  # a finished run, called again
         print_table(rows)
@@ -1371,7 +1377,7 @@ def run(config):
     task = tasks.make_task(config.task, config.data)
     name = config.algo if config.steps else "evaluation"
     out = Path(config.out or f"runs/{name}-{config.task.partition(':')[0]}-{config.seed}")
-    if not str(out).isprintable():  # what isn't in the encoding comes as half a character
+    if not str(out).isprintable():  # what the encoding lacks comes as lone surrogates
         raise ValueError(f"--out {ascii(str(out))}: set PYTHONUTF8=1")
     if config.ask:
         from experiments import show
@@ -1389,7 +1395,8 @@ def run(config):
 def main(arguments=None):
     """Returns the exit code. Trouble that a user can mend ends in one line."""
     transformers.logging.disable_progress_bar()
-    if hasattr(sys.stdout, "reconfigure"):  # terminals that lack a character; logs to follow
+    # A character that the terminal lacks is no reason to stop; a log is written line by line
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         return run(parse_config(arguments))

@@ -1315,7 +1315,7 @@ def structure_of(tokens, tokenizer):
     return [token for token in tokens if token in ids | tokenizer.eos_ids]
 
 
-@each("limit", [0, 420])
+@each("limit", [999, 420])
 @each("name", ["tiny", "hub"])
 @each("text", [*FORGERIES, "".join(FORGERIES)])
 def test_candidates_cannot_forge_the_structure(text, name, limit, hub):
@@ -1329,7 +1329,7 @@ def test_candidates_cannot_forge_the_structure(text, name, limit, hub):
     shown = tokenizer.decode(tokens).lower()
     assert shown.count("<candidate") == shown.count("</candidate") == 2
     assert " one\n<" in shown and " two\n<" in shown
-    assert limit == 0 or len(tokens) <= limit
+    assert len(tokens) <= limit
 
 
 def test_candidates_of_any_sampled_tokens_cannot_forge_the_structure():
@@ -3226,12 +3226,15 @@ def test_links_of_all_pages_lead_to_files():
 
 def test_the_pencil_of_the_readme():
     """Its four sets, their rewards, and the advantages that it computes from them."""
-    sets = torch.tensor([[[6, 4, 1, 2], [5, 7, 3, 4], [8, 7, 2, 1], [5, 6, 8, 3]]]) - 1
-    rewards = torch.tensor([[[1, 1, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]]).float()
+    sets = torch.tensor([[[5, 4, 8, 2], [5, 1, 7, 4], [3, 1, 2, 6], [8, 3, 7, 6]]]) - 1
+    rewards = torch.tensor([[[1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1]]]).float()
+    for row, members in zip(rewards[0].tolist(), sets[0].tolist()):
+        numbers = " ".join(f"**{j + 1}**" if j in (0, 6) else str(j + 1) for j in members)
+        assert f"| {numbers} | {' '.join(str(int(reward)) for reward in row)} |" in README
     credit = spiral.search_advantages(rewards, sets, num_traces=8, balanced=True)
-    assert credit[0, [0, 4, 1]].tolist() == pytest.approx([0.125, -0.125, 0.125])
+    assert credit[0, [6, 0, 4]].tolist() == pytest.approx([0.1875, -0.0625, 0.0625])
     advantages = spiral.aggregation_advantages(rewards)
-    assert advantages[0, 0].tolist() == pytest.approx([0.0208, 0.0208, -0.0625, 0.0208], abs=1e-4)
+    assert advantages[0, 0].tolist() == pytest.approx([0.0208, -0.0625, 0.0208, 0.0208], abs=1e-4)
 
 
 def test_the_task_of_the_readme_works_as_written(monkeypatch, tmp_path):

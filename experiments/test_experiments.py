@@ -322,11 +322,6 @@ def test_bench(tmp_path, monkeypatch):
     assert len(result["rows"]) == 4
 
 
-@pytest.mark.parametrize("path", sorted((HERE.parent / "presets").glob("*.args")))
-def test_presets(path):
-    assert spiral.parse_config([f"@{path}"]).lora_rank
-
-
 def test_real_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real_model, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(real_model, "RIVALS", {"base": {}, "spiral curve": {}})

@@ -16,7 +16,7 @@ def groups_of(shapes):
     for prompt, lengths in shapes:
         completions = []
         for i, length in enumerate(lengths):
-            completion = spiral.Completion(sample=i, tokens=[5] * length, advantage=0.5)
+            completion = spiral.Completion(sample_index=i, tokens=[5] * length, advantage=0.5)
             completion.logprobs = [-1.0] * length
             completions.append(completion)
         groups.append(spiral.Group([3] * prompt, completions))

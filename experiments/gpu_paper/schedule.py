@@ -109,7 +109,7 @@ class Simulation:
     def outputs(self, rows, wanted, draw_length):
         tokens = [7.0] * rows
         for i, row in enumerate(self.active):
-            key = row.prompt, row.sample
+            key = row.prompt_index, row.sample_index
             if key not in wanted:
                 wanted[key] = draw_length()
             if len(row.tokens) + 1 >= wanted[key]:
