@@ -252,6 +252,8 @@ def traces_needed(ours, theirs, k):
     log_factor = np.log2(k) - (before + weight)
     error = half / slope
     value, low, high = np.exp2([log_factor, log_factor - error, log_factor + error])
+    if high > 100 * low:
+        return "-"  # nothing can be said
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
