@@ -137,7 +137,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora_rank: int = 0
 
-    eval_problems: int = 200
+    eval_problems: int = 100
     eval_traces: int = 8
     eval_every: int = 0
     rsa_steps: int = 2

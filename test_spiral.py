@@ -2228,7 +2228,7 @@ def test_two_runs_in_one_folder_notice(tmp_path, monkeypatch, error_of):
 # ---- What people read, and how a run ends ----
 
 FINE = {"reward": 0.25, "truncated": 0.0}
-CUT = {"reward": 0.25, "truncated": 0.6}
+CUT = {"reward": 0.25, "truncated": 0.8}
 HEALTHY = {
     "useful": 16,
     "logprob_difference": 0.0,
@@ -2240,7 +2240,7 @@ SICK = {
     "": {},
     "all advantages are 0.*25%": {"useful": 0},
     "cut off.*--max-trace-tokens": {"search": CUT, "aggregation": CUT},  # grpo
-    "cut off.*--max-aggregation-tokens": {"aggregation": {"reward": 1.0, "truncated": 0.6}},
+    "cut off.*--max-aggregation-tokens": {"aggregation": {"reward": 1.0, "truncated": 0.8}},
     "collapse": {"search": {"reward": 0.1, "truncated": 0.0}},
     "apart": {"logprob_difference": 0.2},
     "not finite": {"skipped": 1},

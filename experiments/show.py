@@ -36,9 +36,9 @@ def notes(stats, first_reward):
     messages = []
     if stats["useful"] == 0:
         messages.append(f"all advantages are 0; {answers['reward']:.0%} of answers are right")
-    if search["truncated"] > 0.5:
+    if search["truncated"] > 0.75:
         messages.append("most traces are cut off: raise --max-trace-tokens")
-    if answers["truncated"] > 0.5 and answers != search:  # for grpo these are the same
+    if answers["truncated"] > 0.75 and answers != search:  # for grpo these are the same
         messages.append("most answers are cut off: raise --max-aggregation-tokens")
     if search["reward"] < 0.5 * first_reward:
         messages.append("the search collapses: lower --lr or --search-weight")
