@@ -1156,7 +1156,7 @@ def evaluate(policy, task, problems, config, seeds):
     history = recursive_self_aggregation(policy, task, problems, config, seeds)
     size, rewards = config.eval_traces, rewards_of(history[0])
     label = f"{size} traces (lattice)" if config.lattice else f"{size} traces"
-    scores = {"a trace is right": rewards.mean(1), f"one of {label} is": rewards.amax(1)}
+    scores = {"a trace is right": rewards.mean(1), f"one of {label} is right": rewards.amax(1)}
     for step, groups in enumerate(history):
         name = f"vote after step {step}"
         if step == 0:
@@ -1201,7 +1201,7 @@ def evaluation_rows(out):
 def print_table(rows):
     """The last six evaluations, side by side."""
     for key in rows[-1]:
-        print(f"{key:<28}", *[f"{row.get(key, ''):>10}" for row in rows[-6:]])
+        print(f"{key:<35}", *[f"{row.get(key, ''):>10}" for row in rows[-6:]])
 
 
 # ---- Training. Checkpoints are Hugging Face folders; randomness comes from seed and cursor ----

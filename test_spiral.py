@@ -1640,7 +1640,7 @@ def test_the_table_by_hand(lattice, monkeypatch, tmp_path, capsys):
         "policy": "start",
         "problems": 2,
         "a trace is right": 2 / 8,
-        f"one of 4 traces{lattice} is": 1 / 2,  # of the first problem
+        f"one of 4 traces{lattice} is right": 1 / 2,  # of the first problem
         f"vote of 4 traces{lattice}": 1 / 2,
         "one aggregation of 2": 3 / 8,
         "vote of 4 aggregations": 1 / 2,
@@ -1659,7 +1659,7 @@ def test_the_table_has_a_vote_of_each_step(monkeypatch):
     votes = [scores[name].tolist() for name in scores if name.startswith("vote")]
     assert votes == [[1, 0], [0, 1], [1, 0]]
     assert scores["a trace is right"].tolist() == [0.75, 0]
-    assert scores["one of 4 traces is"].tolist() == [1, 0]
+    assert scores["one of 4 traces is right"].tolist() == [1, 0]
     assert scores["one aggregation of 2"].tolist() == [0.25, 1]
 
 

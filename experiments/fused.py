@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 def fuse(model):
     """Norms of one kernel instead of eight (from torch 2.9 on), LoRA's additions of three instead
-    of five."""
+    of five. Says so if the model is in float32, for which no kernel of a card is fast."""
+    if model.dtype == torch.float32:
+        print("note: float32 has no fast attention on a GPU; --dtype bfloat16 has")
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(
