@@ -1968,6 +1968,31 @@ def test_evaluations_in_between(tmp_path):
     assert names == ["start", "step 1", "step 2", "step 3"]
 
 
+def test_a_signal_in_an_evaluation_in_between_loses_no_step(tmp_path, monkeypatch):
+    """Checkpoints are ten steps apart: the step that was taken is saved because of the signal."""
+
+    def report(policy, task, config, out, name):
+        if name == "step 1":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(spiral, "report", report)
+    assert run(SMALL, "--steps 3 --eval-every 1 --save-every 10 --out", tmp_path) == 130
+    assert (tmp_path / "step-00001" / "state.json").exists()
+
+
+def test_a_tokenizer_with_several_templates_is_saved_and_resumed(hub, tmp_path):
+    """Transformers writes all but the default one into a folder of the checkpoint."""
+    folder = tmp_path / "model"
+    shutil.copytree(hub, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools " + TEMPLATE}
+    tokenizer.save_pretrained(folder)
+    command = UNSEEN, "--model", folder, "--out", tmp_path / "run", "--steps"
+    assert run(*command, 1) == 0
+    assert (tmp_path / "run/step-00001/additional_chat_templates").is_dir()
+    assert run(*command, 2) == 0
+
+
 def test_bars_are_off_when_nobody_watches(tmp_path, monkeypatch, capfd):
     """Standard error is no terminal here. The bar of the sampler usually waits for seconds."""
 
