@@ -650,6 +650,15 @@ def test_replayed_steps_are_exact_after_the_weights_changed(graphs, rows):
     assert max(graphs) > 4
 
 
+def test_added_rows_spare_the_last_prompt_when_prompts_fill_a_rounded_size(graphs):
+    """16 prompts of 3 rows: 48 rows become 64, and the 16 that are added need a prompt's place."""
+    policy = toy_policy()
+    policy.memory.pool = "some"
+    prompts = [[1 + i, 2 * i + 1, 7, 3] for i in range(16)]
+    assert spiral.round_up(len(prompts)) == len(prompts)
+    assert_exact(policy, sample(policy, prompts=prompts, count=3), prompts=prompts)
+
+
 def test_sizes_are_rounded_up_to_few():
     sizes = sorted({spiral.round_up(size) for size in range(1, 1025)})
     assert sizes == [16, 32, 64, 128, 256, 512, 768, 1024]
